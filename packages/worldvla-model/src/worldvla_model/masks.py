@@ -1,0 +1,238 @@
+"""Attention-mask strategies: who may look at whom.
+
+A strategy is one small function of a query's and a key's position, and of the blocks these lie in. The same
+function serves as dense bool mask (`dense`), as transformers' mask function and as flex-attention's `mask_mod`
+(`mask_function`); anyone's own function of the same shape plugs in wherever a strategy is asked for:
+
+    def last_image_only(query, key):
+        return causal(query, key) & ((key.image < 0) | (key.image == query.last_image))
+
+The blocks of a sequence are found once, with tensor operations and without a synchronisation of the host.
+
+Source: paper §3.3 and Fig. 3; the rules are those of the published `generate_att_mask`, `_2` and `_3`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+class MaskError(ValueError):
+    """An unknown strategy, or ids whose blocks do not nest."""
+
+
+class BlockTokens(Protocol):
+    """Whatever knows the four ids that open and close blocks: a `Vocabulary` or a `WorldVLAConfig`."""
+
+    @property
+    def boi(self) -> int: ...
+    @property
+    def eoi(self) -> int: ...
+    @property
+    def boa(self) -> int: ...
+    @property
+    def eoa(self) -> int: ...
+
+
+class Positions(NamedTuple):
+    """Positions of a sequence and the blocks they lie in; tensors that broadcast against each other.
+
+    A block runs from its begin token to its end token, both inclusive; one that is still open runs to the end
+    of the sequence. Blocks of a kind are counted from 0.
+
+    Attributes:
+        index: position in the sequence.
+        action: number of the action block, -1 outside.
+        image: number of the image block, -1 outside.
+        last_image: number of the last image block that has begun, -1 before the first.
+        trailing: True in action blocks that begin after the end of the sequence's last image block.
+    """
+
+    index: Tensor
+    action: Tensor
+    image: Tensor
+    last_image: Tensor
+    trailing: Tensor
+
+    def at(self, batch: Tensor | int, position: Tensor) -> Positions:
+        """Look up single positions: each field of (B, T) indexed by [batch, position]."""
+        return Positions(*(field[batch, position] for field in self))
+
+    def rows(self, start: int = 0) -> Positions:
+        """Fields of (B, T) as queries: (B, T - start, 1)."""
+        return Positions(*(field[:, start:, None] for field in self))
+
+    def columns(self) -> Positions:
+        """Fields of (B, T) as keys: (B, 1, T)."""
+        return Positions(*(field[:, None, :] for field in self))
+
+
+Strategy: TypeAlias = Callable[[Positions, Positions], Tensor]
+"""(query, key) → bool, True = may attend."""
+
+MaskFunction: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(batch, head, query, key) indices → bool: transformers' mask function and flex-attention's `mask_mod`."""
+
+
+def causal(query: Positions, key: Positions) -> Tensor:
+    """Everything up to the position itself: the paper's Fig. 3a (actions) and 3c (world model)."""
+    return key.index <= query.index
+
+
+def action_isolated(query: Positions, key: Positions) -> Tensor:
+    """Causal, but an action block after the last image sees no earlier action block: the paper's Fig. 3b.
+
+    Released models are trained and run with it (published `generate_att_mask_3`).
+    """
+    return causal(query, key) & ~(query.trailing & _earlier_action(query, key))
+
+
+def action_isolated_everywhere(query: Positions, key: Positions) -> Tensor:
+    """Causal, but no action block sees any earlier action block (published `generate_att_mask`)."""
+    return causal(query, key) & ~((query.action >= 0) & _earlier_action(query, key))
+
+
+def first_image_only(query: Positions, key: Positions) -> Tensor:
+    """Causal, but an action block sees neither earlier actions nor any image but the first.
+
+    Published as `generate_att_mask_2`.
+    """
+    return action_isolated_everywhere(query, key) & ~((query.action >= 0) & (key.image > 0))
+
+
+STRATEGIES: dict[str, Strategy] = {
+    strategy.__name__: strategy
+    for strategy in (causal, action_isolated, action_isolated_everywhere, first_image_only)
+}
+
+
+def resolve(strategy: str | Strategy) -> Strategy:
+    """The strategy of a name; a function is returned as it is.
+
+    Raises:
+        MaskError: no strategy has this name.
+    """
+    if callable(strategy):
+        return strategy
+    if strategy not in STRATEGIES:
+        raise MaskError(f"attention is {strategy!r}; allowed: {', '.join(STRATEGIES)}, or a function (query, key)")
+    return STRATEGIES[strategy]
+
+
+def positions(ids: Tensor, tokens: BlockTokens) -> Positions:
+    """Find the blocks of sequences.
+
+    Args:
+        ids: (B, T) token ids.
+        tokens: owner of the ids that open and close blocks.
+
+    Returns:
+        Fields of shape (B, T).
+
+    Raises:
+        MaskError: begin and end tokens of a kind differ in number by more than one. Checked for ids on the
+            CPU only: the answer would cost a synchronisation elsewhere.
+    """
+    action, action_begins, _ = _blocks(ids, tokens.boa, tokens.eoa, "action")
+    image, image_begins, image_ends = _blocks(ids, tokens.boi, tokens.eoi, "image")
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+
+    # The n-th end token closes the n-th block, so the last of n blocks is closed by the n-th end token.
+    number = image_begins.sum(dim=1, keepdim=True)
+    closes_last = image_ends & (image_ends.cumsum(dim=1) == number)
+    open_end = torch.where(number > 0, ids.shape[1] - 1, -1)
+    last_image_end = torch.where(
+        closes_last.any(dim=1, keepdim=True), (index * closes_last).sum(dim=1, keepdim=True), open_end
+    )
+    begins_after = (action_begins & (index > last_image_end)).to(index.dtype)
+    # An action block begins after the last image end if it is one of the last `begins_after` blocks.
+    first_trailing = (action_begins.sum(dim=1) - begins_after.sum(dim=1))[:, None]
+    return Positions(
+        index=index,
+        action=action,
+        image=image,
+        last_image=image_begins.cumsum(dim=1) - 1,
+        trailing=(action >= 0) & (action >= first_trailing),
+    )
+
+
+def attend(
+    strategy: str | Strategy, where: Positions, *, first_query: int = 0, keys: Tensor | None = None
+) -> Tensor:
+    """Dense bool mask of some last queries over all keys of sequences.
+
+    Args:
+        strategy: name or function.
+        where: positions of the whole sequences, fields (B, T).
+        first_query: leave out the rows before it: those of cached tokens.
+        keys: (B, T) bool, False where a key is padding. Every query may attend to itself all the same, so
+            that no row is empty.
+
+    Returns:
+        (B, T - first_query, T) bool, True = may attend.
+    """
+    query, key = where.rows(first_query), where.columns()
+    allowed = resolve(strategy)(query, key)
+    if keys is not None:
+        allowed = (allowed & keys[:, None, :]) | (query.index == key.index)
+    return allowed
+
+
+def dense(strategy: str | Strategy, ids: Tensor, vocabulary: BlockTokens) -> Tensor:
+    """The whole mask of sequences; the oracle that every faster form is tested against.
+
+    Args:
+        strategy: name or function.
+        ids: (B, T) token ids.
+        vocabulary: owner of the ids that open and close blocks.
+
+    Returns:
+        (B, T, T) bool, True = may attend.
+
+    Raises:
+        MaskError: unknown strategy, or blocks that do not nest.
+    """
+    return attend(strategy, positions(ids, vocabulary))
+
+
+def mask_function(
+    strategy: str | Strategy, where: Positions, *, first_query: int = 0, keys: Tensor | None = None
+) -> MaskFunction:
+    """The mask as a function of indices, for flex attention and for transformers' mask builders.
+
+    Arguments are those of `attend`; query index 0 is the position `first_query`.
+    """
+    rule = resolve(strategy)
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        position = query + first_query
+        allowed = rule(where.at(batch, position), where.at(batch, key))
+        if keys is not None:
+            allowed = (allowed & keys[batch, key]) | (position == key)
+        return allowed
+
+    return mask_mod
+
+
+def _earlier_action(query: Positions, key: Positions) -> Tensor:
+    return (key.action >= 0) & (key.action < query.action)
+
+
+def _blocks(ids: Tensor, begin: int, end: int, what: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Number of the block of each position (-1 outside), and where blocks begin and end; (B, T) each."""
+    begins, ends = ids == begin, ids == end
+    opened = begins.cumsum(dim=1)
+    closed_before = ends.cumsum(dim=1) - ends.long()
+    if ids.device.type == "cpu":
+        surplus = (begins.sum(dim=1) - ends.sum(dim=1)).abs()
+        if bool((surplus > 1).any()):
+            row = int(surplus.argmax())
+            raise MaskError(
+                f"sequence {row}: {int(begins[row].sum())} tokens {begin} that begin an {what} and "
+                f"{int(ends[row].sum())} tokens {end} that end one; at most one may lack its partner"
+            )
+    return torch.where(opened > closed_before, opened - 1, -1), begins, ends

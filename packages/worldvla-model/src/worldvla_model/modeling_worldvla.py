@@ -1,0 +1,344 @@
+"""The WorldVLA model: Chameleon's decoder under attention masks that depend on the blocks of the sequence.
+
+    ids (B, T) -> embedding -> n x (norm, attention, norm, gated MLP) -> norm -> head -> logits (B, T, V)
+
+The layers are transformers' own, with two differences of the published model: the query and key norms may be
+shared over heads, and what each sublayer adds to the residual stream passes through dropout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.chameleon.modeling_chameleon import (
+    ChameleonAttention,
+    ChameleonLayerNorm,
+    ChameleonMLP,
+    ChameleonRMSNorm,
+    ChameleonRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from worldvla_model import masks
+from worldvla_model.configuration_worldvla import WorldVLAConfig
+from worldvla_model.loss import published_loss
+
+
+class CheckpointError(ValueError):
+    """A checkpoint whose tensors are not those of the model: missing, unexpected or of another shape."""
+
+
+class SequenceLengthError(ValueError):
+    """More positions than the model has."""
+
+
+class WorldVLAAttention(ChameleonAttention):
+    """Chameleon's attention, with query and key norms in either layout."""
+
+    def __init__(self, config: WorldVLAConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if config.qk_norm == "shared":
+            self.q_norm = ChameleonLayerNorm((1, self.head_dim))
+            self.k_norm = ChameleonLayerNorm((1, self.head_dim))
+
+
+class WorldVLADecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and gated MLP, each added to the residual stream through dropout."""
+
+    def __init__(self, config: WorldVLAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = WorldVLAAttention(config, layer_idx)
+        self.mlp = ChameleonMLP(config)
+        self.input_layernorm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
+        """(B, T, H) → (B, T, H)."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **attention_inputs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class WorldVLAPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the family, and strict loading."""
+
+    config_class = WorldVLAConfig
+    base_model_prefix = "model"
+    input_modalities = ("text",)  # images arrive as ids
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("WorldVLADecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    # FlashAttention knows no masks but the causal one.
+    _supports_flash_attn = False
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": WorldVLADecoderLayer, "attentions": WorldVLAAttention}  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint, ours or a published one, from a folder or the Hub; arguments as in transformers.
+
+        Unlike transformers' this refuses a checkpoint that does not fit exactly, and reads only safetensors
+        unless `use_safetensors=False` is passed.
+
+        Raises:
+            CheckpointError: tensors are missing, unexpected or of another shape; all are listed.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        wants_info = kwargs.pop("output_loading_info", False)
+        # Mismatches are collected rather than raised one by one, so that one error can list everything.
+        kwargs["ignore_mismatched_sizes"] = True
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        # A bare decoder may be read from a checkpoint with a head.
+        unexpected = [k for k in info["unexpected_keys"] if k != "lm_head.weight" or hasattr(model, "lm_head")]
+        wrong = {
+            "missing": sorted(info["missing_keys"]),
+            "unexpected": sorted(unexpected),
+            "of another shape": sorted(str(entry) for entry in info["mismatched_keys"]),
+        }
+        if any(wrong.values()):
+            listed = "; ".join(f"{len(keys)} {how}: {', '.join(keys)}" for how, keys in wrong.items() if keys)
+            raise CheckpointError(f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {listed}")
+        return (model, info) if wants_info else model
+
+
+class WorldVLAModel(WorldVLAPreTrainedModel):
+    """The decoder: ids to hidden states."""
+
+    def __init__(self, config: WorldVLAConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(WorldVLADecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = ChameleonRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | BlockMask | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        attention: str | masks.Strategy | None = None,
+        context_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, Q) ids of the new tokens.
+            attention_mask: (B, T) padding mask, 1 = a token, over cached and new tokens; or a mask made by the
+                caller, taken as it is: (B, 1, Q, T) bool or additive, or a `BlockMask`.
+            position_ids: (B, Q) positions; by default counted from the cache, padding left out.
+            past_key_values: keys and values of the T - Q tokens before.
+            inputs_embeds: (B, Q, H) instead of `input_ids`; the mask then needs `context_ids`.
+            use_cache: return `past_key_values`.
+            attention: mask strategy of this call, by name or as a function; default `config.attention`.
+            context_ids: (B, T) ids of cached and new tokens. Needed where the mask depends on blocks among
+                the cached ones; `generate` passes it by itself.
+            kwargs: `output_hidden_states`, `output_attentions` and other arguments of transformers' attention.
+
+        Returns:
+            `last_hidden_state` (B, Q, H) and, if asked, `past_key_values`, `hidden_states`, `attentions`.
+
+        Raises:
+            SequenceLengthError: more positions than `config.max_position_embeddings`.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; `context_ids` are missing.
+            MaskError: unknown strategy, or blocks that do not nest.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, Q, H)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        queries = inputs_embeds.shape[1]
+        if context_ids is not None:
+            past = context_ids.shape[1] - queries
+        else:
+            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            if past == 0:
+                context_ids = input_ids
+        if past + queries > self.config.max_position_embeddings:
+            raise SequenceLengthError(
+                f"sequence of {past + queries} tokens; the model has "
+                f"{self.config.max_position_embeddings} positions (max_position_embeddings)"
+            )
+        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        if position_ids is None:
+            position_ids = _count_positions(padding, past, queries, inputs_embeds.device)
+        if attention_mask is None or padding is not None:
+            attention_mask = self._mask(
+                attention or self.config.attention, context_ids, padding, past, inputs_embeds, past_key_values
+            )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _mask(
+        self,
+        strategy: str | masks.Strategy,
+        context_ids: Tensor | None,
+        padding: Tensor | None,
+        past: int,
+        inputs_embeds: Tensor,
+        cache: Cache | None,
+    ) -> Tensor | BlockMask | None:
+        """The mask of the new tokens over all keys, in the form that the attention implementation takes."""
+        batch, queries = inputs_embeds.shape[:2]
+        implementation = self.config._attn_implementation
+        if masks.resolve(strategy) is masks.causal:
+            if padding is None and past == 0 and implementation == "sdpa":
+                return None  # sdpa has a kernel for it
+            if context_ids is None:  # the ids do not matter
+                context_ids = torch.zeros(batch, past + queries, dtype=torch.long, device=inputs_embeds.device)
+        if context_ids is None:
+            raise ValueError(
+                f"attention {strategy!r} depends on the ids of all tokens: pass context_ids, (batch, "
+                f"{past + queries}), the ids of {past} cached and {queries} new tokens"
+            )
+        where = masks.positions(context_ids, self.config)
+        keys = None if padding is None else padding.bool()
+        total = past + queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
+        if implementation == "flex_attention":
+            rule = masks.mask_function(strategy, where, first_query=past, keys=keys)
+            return create_block_mask(
+                _within(rule, past + queries), batch, None, queries, total, device=inputs_embeds.device
+            )
+        allowed = masks.attend(strategy, where, first_query=past, keys=keys)  # (B, Q, T)
+        # A static cache has slots that nothing was written to yet.
+        allowed = nn.functional.pad(allowed, (0, total - allowed.shape[-1]))[:, None]  # (B, 1, Q, total)
+        if implementation == "sdpa":
+            return allowed
+        lowest = torch.finfo(inputs_embeds.dtype).min
+        return torch.where(allowed, 0.0, lowest).to(inputs_embeds.dtype)
+
+
+class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin):
+    """The decoder with its head: ids to logits, loss and generated ids."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: WorldVLAConfig) -> None:
+        super().__init__(config)
+        self.model = WorldVLAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | BlockMask | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the model; arguments beyond these are those of `WorldVLAModel.forward`.
+
+        Args:
+            input_ids: (B, Q) ids of the new tokens.
+            attention_mask: as in `WorldVLAModel.forward`.
+            position_ids: as in `WorldVLAModel.forward`.
+            past_key_values: as in `WorldVLAModel.forward`.
+            inputs_embeds: as in `WorldVLAModel.forward`.
+            labels: (B, Q) ids, -100 where nothing is supervised. The loss is the published one, with
+                `config.alpha` and `config.z_loss_weight`; `worldvla_model.loss` has the paper's.
+            use_cache: return `past_key_values`.
+            logits_to_keep: compute logits of this many last positions only (0: of all), or of these positions.
+            kwargs: `attention`, `context_ids`, `output_hidden_states`, …
+
+        Returns:
+            `logits` (B, Q, V) in fp32 and, if asked, `loss`, `past_key_values`, `hidden_states`, `attentions`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # fp32, as the published code computes them whatever the weights are.
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
+        loss = None
+        if labels is not None:
+            loss = published_loss(
+                logits, labels, alpha=self.config.alpha, z_loss_weight=self.config.z_loss_weight
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Inputs of one step of `generate`: the new ids, and all ids so far for the mask."""
+        # The padding mask is kept from transformers, which would turn it into a causal 4-D mask here.
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=None, **kwargs)
+        return {**inputs, "attention_mask": attention_mask, "context_ids": input_ids}
+
+
+def _count_positions(padding: Tensor | None, past: int, queries: int, device: torch.device) -> Tensor:
+    if padding is None:
+        return torch.arange(past, past + queries, device=device)[None]  # (1, Q)
+    return (padding.long().cumsum(dim=1) - 1).clamp(min=0)[:, -queries:]  # (B, Q)
+
+
+def _within(rule: masks.MaskFunction, length: int) -> Callable[..., Tensor]:
+    """The rule for keys below `length`; False for the empty slots of a static cache beyond it."""
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key < length) & rule(batch, head, query, key.clamp(max=length - 1))
+
+    return mask_mod
+
+
+__all__ = ["WorldVLAForConditionalGeneration", "WorldVLAModel", "WorldVLAPreTrainedModel"]

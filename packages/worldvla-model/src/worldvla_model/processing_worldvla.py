@@ -1,0 +1,266 @@
+"""Words, images and actions to model inputs: the three tokenizers and the prompts of one checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from transformers.utils import PushToHubMixin
+from worldvla_tokenizers import ActionTokenizer, ImageTokenizer, TextTokenizer, Vocabulary, sequence
+from worldvla_tokenizers._files import PretrainedFilesError, resolve_files, write_text_atomic
+from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
+
+FILE_NAME = "processor_config.json"
+IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
+
+
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """What a checkpoint was trained with, apart from its weights.
+
+    Attributes:
+        image_size: pixels; every image is cropped and scaled to about this size squared.
+        history_length: M, images of an action prompt (one at the first step of an episode).
+        num_actions: K, actions of a chunk; None where the model itself ends the chunk.
+        action_prompt: text before the images, with `{instruction}`.
+        world_prompt: text before frames and actions.
+        video_prompt: text before the images of video prediction, with `{instruction}`.
+        labels: what is supervised, `published` or `paper`.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    image_size: int = 256
+    history_length: int = 2
+    num_actions: int | None = None
+    action_prompt: str = ACTION_PROMPT
+    world_prompt: str = WORLD_PROMPTS["published"]
+    video_prompt: str = VIDEO_PROMPT
+    labels: LabelRule = "published"
+
+    def __post_init__(self) -> None:
+        if self.image_size < 32 or self.image_size % 32:
+            raise ValueError(f"image_size is {self.image_size} pixels; allowed: multiples of 32 from 32")
+        if self.history_length < 1:
+            raise ValueError(f"history_length is {self.history_length} images; allowed: 1 and above")
+        if self.num_actions is not None and self.num_actions < 1:
+            raise ValueError(f"num_actions is {self.num_actions}; allowed: 1 and above, or None")
+        for name in ("action_prompt", "video_prompt"):
+            if "{instruction}" not in getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it needs '{{instruction}}'")
+        if self.labels not in ("published", "paper"):
+            raise ValueError(f"labels is {self.labels!r}; allowed: 'published', 'paper'")
+
+
+class WorldVLAProcessor(PushToHubMixin):
+    """Turns words, images and actions into ids, and ids back.
+
+    Args:
+        text: words ↔ ids.
+        images: pixels ↔ codes.
+        actions: robot actions ↔ ids.
+        settings: prompts and sizes.
+
+    `images` arguments of the methods are lists, oldest first, of PIL images or uint8 arrays (H, W, 3).
+    """
+
+    def __init__(
+        self,
+        text: TextTokenizer,
+        images: ImageTokenizer,
+        actions: ActionTokenizer,
+        settings: ProcessorSettings = ProcessorSettings(),  # noqa: B008  (frozen)
+    ) -> None:
+        self.text = text
+        self.images = images
+        self.actions = actions
+        self.settings = settings
+        self.vocabulary: Vocabulary = text.vocabulary
+
+    @property
+    def image_size(self) -> int:
+        """Pixels that images are brought to."""
+        return self.settings.image_size
+
+    @property
+    def history_length(self) -> int:
+        """M, images of an action prompt."""
+        return self.settings.history_length
+
+    def encode_images(self, images: Sequence[Any]) -> list[NDArray[np.int64]]:
+        """Images of any size → one array of codes (rows, columns) each.
+
+        Raises:
+            ValueError: no image.
+            ImageError: something that is no image.
+        """
+        if len(images) == 0:
+            raise ValueError("0 images; at least 1 needed")
+        return list(np.asarray(self.images.encode(list(images), target=self.image_size)))
+
+    def action_prompt(self, images: Sequence[Any], instruction: str) -> list[int]:
+        """Ids that ask for a chunk of actions.
+
+        Args:
+            images: M images, oldest first.
+            instruction: the task in words, such as `put the bowl on the plate`.
+        """
+        text = self._instruct(self.settings.action_prompt, instruction)
+        return sequence.action_prompt(text, self.encode_images(images), self.vocabulary)
+
+    def world_prompt(self, images: Sequence[Any], actions: ArrayLike) -> list[int]:
+        """Ids that ask for the next frame.
+
+        Args:
+            images: h images, oldest first.
+            actions: (h, D) actions in data units, each taken at the image of the same place.
+        """
+        text = self.text.encode(self.settings.world_prompt)
+        ids = self.actions.encode(actions)
+        return sequence.world_prompt(text, self.encode_images(images), ids, self.vocabulary)
+
+    def video_prompt(self, images: Sequence[Any], instruction: str) -> list[int]:
+        """Ids that ask for future frames without actions (the paper's Fig. 7); arguments as `action_prompt`."""
+        text = self._instruct(self.settings.video_prompt, instruction)
+        return sequence.action_prompt(text, self.encode_images(images), self.vocabulary)
+
+    def action_sample(self, images: Sequence[Any], instruction: str, actions: ArrayLike) -> Sample:
+        """Ids and labels of a training sample: M images and words → (K, D) actions in data units."""
+        text = self._instruct(self.settings.action_prompt, instruction)
+        codes, ids = self.encode_images(images), self.actions.encode(actions)
+        return sequence.action_sample(text, codes, ids, self.vocabulary, labels=self.settings.labels)
+
+    def world_sample(self, images: Sequence[Any], actions: ArrayLike, next_image: Any) -> Sample:
+        """Ids and labels of a training sample: h images and their actions → the next frame.
+
+        Args:
+            images: h images, oldest first.
+            actions: (h, D) actions in data units; for N rounds (h + N - 1, D).
+            next_image: the frame to predict; a list of N frames for N rounds.
+        """
+        following = list(next_image) if isinstance(next_image, list | tuple) else [next_image]
+        codes = self.encode_images([*images, *following])
+        return sequence.world_sample(
+            self.text.encode(self.settings.world_prompt),
+            codes[: len(images)],
+            self.actions.encode(actions),
+            codes[len(images) :],
+            self.vocabulary,
+            labels=self.settings.labels,
+        )
+
+    def video_sample(self, images: Sequence[Any], instruction: str, next_images: Sequence[Any]) -> Sample:
+        """Ids and labels of a training sample: M images and words → K future frames."""
+        codes = self.encode_images([*images, *next_images])
+        text = self._instruct(self.settings.video_prompt, instruction)
+        parts = codes[: len(images)], codes[len(images) :]
+        return sequence.video_sample(text, *parts, self.vocabulary, labels=self.settings.labels)
+
+    def decode_actions(self, ids: Sequence[int]) -> NDArray[np.float64]:
+        """Generated ids of a chunk → (K, D) actions in data units.
+
+        Raises:
+            SequenceError: the ids are not whole action blocks.
+        """
+        blocks = sequence.parse(ids, self.vocabulary, dimensions=self.actions.dimensions)
+        actions = sequence.actions_of(blocks)
+        strange = [block for block in blocks if not isinstance(block, sequence.ActionBlock | sequence.Marker)]
+        if strange or len(actions) == 0:
+            what = f"a {type(strange[0]).__name__} among them" if strange else "no action at all"
+            raise sequence.SequenceError(f"{len(ids)} generated ids: action blocks expected, found {what}")
+        return self.actions.decode(actions)
+
+    def decode_images(self, ids: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """Generated ids of frames → one uint8 array (H, W, 3) each.
+
+        Raises:
+            SequenceError: the ids are not whole image blocks.
+        """
+        blocks = sequence.parse(ids, self.vocabulary, dimensions=self.actions.dimensions)
+        codes = sequence.images_of(blocks)
+        if not codes:
+            raise sequence.SequenceError(f"{len(ids)} generated ids: image blocks expected, found none")
+        return [self.images.decode(frame[None])[0] for frame in codes]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **push: Any) -> None:
+        """Write tokenizers and settings into a folder; `from_pretrained` brings them back.
+
+        Args:
+            save_directory: the folder, made if need be.
+            push: `push_to_hub=True` and arguments of transformers' `push_to_hub`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.text.save_pretrained(folder)
+        self.images.save_pretrained(folder / IMAGE_TOKENIZER_FOLDER)
+        self.actions.save_pretrained(folder)
+        content = {"processor_class": type(self).__name__, **asdict(self.settings)}
+        write_text_atomic(folder / FILE_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        if push.pop("push_to_hub", False):
+            self.push_to_hub(push.pop("repo_id", folder.name), **push)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        device: str = "cpu",
+        **options: Any,
+    ) -> WorldVLAProcessor:
+        """Load tokenizers and settings from a folder or the Hub.
+
+        Ours holds `processor_config.json`. The published layout (`tokenizer.json`, `vqgan.yaml`, `vqgan.ckpt`)
+        has no settings: those of the released LIBERO checkpoints are taken, and can be overridden.
+
+        Args:
+            pretrained_model_name_or_path: a folder or the id of a Hub repository.
+            revision: branch, tag or commit on the Hub.
+            subfolder: folder inside the folder or repository.
+            device: where images are tokenized.
+            options: fields of `ProcessorSettings` to override; `cache_dir`, `token`, `local_files_only`.
+
+        Raises:
+            PretrainedFilesError: files are missing.
+            ValueError: an option that is no setting.
+        """
+        options.pop("_from_auto", None)
+        options.pop("trust_remote_code", None)
+        hub = {key: options.pop(key) for key in ("cache_dir", "token", "local_files_only") if key in options}
+        source, hub = pretrained_model_name_or_path, {"revision": revision, **hub}
+        try:
+            path = resolve_files(source, [FILE_NAME], subfolder=subfolder, **hub)[FILE_NAME]
+        except PretrainedFilesError:
+            # The published layout; where its files are missing too, the error that says so is the useful one.
+            settings, image_folder, actions = {}, subfolder, ActionTokenizer.published()
+        else:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings.pop("processor_class", None)
+            image_folder = "/".join(filter(None, (subfolder, IMAGE_TOKENIZER_FOLDER)))
+            actions = ActionTokenizer.from_pretrained(source, subfolder=subfolder, **hub)
+        unknown = sorted((settings | options).keys() - ProcessorSettings.__dataclass_fields__.keys())
+        if unknown:
+            allowed = ", ".join(ProcessorSettings.__dataclass_fields__)
+            raise ValueError(f"{source}: unknown settings {', '.join(unknown)}; allowed: {allowed}")
+        return cls(
+            text=TextTokenizer.from_pretrained(source, subfolder=subfolder, **hub),
+            images=ImageTokenizer.from_pretrained(source, subfolder=image_folder, device=device, **hub),
+            actions=actions,
+            settings=ProcessorSettings(**(settings | options)),
+        )
+
+    def _instruct(self, template: str, instruction: str) -> list[int]:
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise ValueError(f"instruction is {instruction!r}; words are needed")
+        return self.text.encode(template.replace("{instruction}", instruction))
+
+
+__all__ = ["ProcessorSettings", "WorldVLAProcessor"]

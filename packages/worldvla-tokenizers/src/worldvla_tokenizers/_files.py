@@ -1,0 +1,171 @@
+"""Where pretrained files come from (a folder or the Hub), and how they are written (whole or not at all)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypedDict
+from uuid import uuid4
+
+# `name` or `organisation/name`, as the Hub spells repositories; anything else can only be a path.
+_REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class HubOptions(TypedDict, total=False):
+    """Keyword arguments of `resolve_files` that every `from_pretrained` passes on, as in transformers."""
+
+    revision: str | None
+    subfolder: str | None
+    cache_dir: str | os.PathLike[str] | None
+    token: str | bool | None
+    local_files_only: bool
+
+
+class PretrainedFilesError(FileNotFoundError):
+    """Files of a pretrained object are neither in a local folder nor in a repository of the Hub."""
+
+
+def resolve_files(
+    dir_or_repo: str | os.PathLike[str],
+    names: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    revision: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> dict[str, Path]:
+    """Find files of a pretrained object on this machine, downloading them from the Hub where needed.
+
+    Args:
+        dir_or_repo: a local folder if it exists; else, if it is a string, a Hub repository id
+            (`organisation/name`). An `os.PathLike` always means a local folder.
+        names: files that must be there.
+        optional: files that may be there.
+        revision: branch, tag or commit of the Hub repository; a local folder has none and ignores it.
+        subfolder: folder inside the folder or repository.
+        cache_dir: where Hub files are kept (default: huggingface_hub's own cache).
+        token: Hub access token, or True for the stored one.
+        local_files_only: take Hub files from the cache alone.
+
+    Returns:
+        The path of every file of `names`, and of those of `optional` that exist.
+
+    Raises:
+        PretrainedFilesError: a file of `names` is missing, or `dir_or_repo` is neither a folder nor a
+            repository that can be reached; the message says what was looked for, and where.
+        ImportError: it can only be a Hub id, and huggingface_hub is not installed.
+    """
+    wanted = (*names, *optional)
+    folder = Path(dir_or_repo)
+    if folder.is_dir():
+        folder = folder / (subfolder or "")
+        found = {name: folder / name for name in wanted if (folder / name).is_file()}
+        _require(names, found, f"the folder {folder.absolute()}")
+        return found
+
+    described = ", ".join(wanted) + (f" in subfolder {subfolder!r}" if subfolder else "")
+    nowhere = f"cannot look for {described}: {str(dir_or_repo)!r} is no folder ({folder.absolute()})"
+    if folder.exists():
+        raise PretrainedFilesError(f"{nowhere} but a file; name the folder that holds it")
+    if not isinstance(dir_or_repo, str) or not _REPOSITORY_ID.fullmatch(dir_or_repo):
+        raise PretrainedFilesError(f"{nowhere}, and no Hub repository id, which reads 'organisation/name'")
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError as error:
+        raise ImportError(
+            f"{nowhere}; reading it from the Hub needs huggingface_hub: pip install huggingface_hub"
+        ) from error
+
+    found = {}
+    unreachable: Exception | None = None
+    for name in wanted:
+        try:
+            found[name] = Path(
+                hf_hub_download(
+                    dir_or_repo,
+                    name,
+                    subfolder=subfolder,
+                    revision=revision,
+                    cache_dir=None if cache_dir is None else Path(cache_dir),
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            # The Hub cannot be reached: whether it has the file cannot be known, and asking again only waits.
+            unreachable, local_files_only = error, True
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise PretrainedFilesError(
+                f"{nowhere}, and the Hub answers for {_hub_name(dir_or_repo, revision)}: {error}"
+            ) from error
+        except EntryNotFoundError:
+            continue  # The repository has no such file; `_require` reports it if it must be there.
+    where = f"{_hub_name(dir_or_repo, revision)} (and {str(folder)!r} is no local folder)"
+    _require(names, found, where, unreachable)
+    return found
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file whole or not at all; folders that lead to it are made.
+
+    Readers see the old content or the new one, never a half: the text goes to a file beside it, which then
+    takes its name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        draft.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder to write into, whose files move to `folder` once the block has ended without an error.
+
+    A failure while the files are written leaves `folder` as it was: absent if it was absent, and with its old
+    files if it had any. Other files in it are kept.
+    """
+    folder = Path(folder)
+    # Inside the target where it exists, so that both are on one file system and a move is a rename.
+    parent = folder if folder.is_dir() else folder.parent
+    stage = parent / f".{folder.name}.{uuid4().hex}"
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        if folder.is_dir():
+            for file in sorted(stage.iterdir()):
+                os.replace(file, folder / file.name)
+        else:
+            os.rename(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _require(
+    names: Sequence[str], found: dict[str, Path], where: str, unreachable: Exception | None = None
+) -> None:
+    missing = [name for name in names if name not in found]
+    if missing or not found:
+        what = ", ".join(missing) if missing else "none of the files looked for"
+        reason = f": {unreachable}" if unreachable else ""
+        verb = "is missing" if len(missing) == 1 else "are missing" if missing else "is there"
+        raise PretrainedFilesError(f"{what} {verb} in {where}{reason}") from unreachable
+
+
+def _hub_name(repo_id: str, revision: str | None) -> str:
+    return f"the Hub repository {repo_id!r}" + (f" at revision {revision!r}" if revision else "")

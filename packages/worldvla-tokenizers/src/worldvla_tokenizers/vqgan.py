@@ -1,0 +1,459 @@
+"""The VQ-GAN: pixels → codebook indices → pixels, on the network modules of taming-transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from taming.modules.diffusionmodules.model import Decoder, Encoder
+from taming.modules.vqvae.quantize import VectorQuantizer
+from torch import Tensor, nn
+
+from worldvla_tokenizers._files import HubOptions, PretrainedFilesError, resolve_files, staged_folder
+from worldvla_tokenizers._files import write_text_atomic as _write_text
+
+MODEL_TYPE = "worldvla-vqgan"
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+PUBLISHED_CONFIG_NAME = "vqgan.yaml"
+PUBLISHED_WEIGHTS_NAME = "vqgan.ckpt"
+
+_NORM_GROUPS = 32  # of taming's GroupNorm, in every block
+_BETA = 0.25  # commitment weight of taming's VQModel; training only
+_LOSS_PREFIX = "loss."  # discriminator and perceptual network, saved beside the VQ-GAN they trained
+# Entries of `model.params` that steer taming's training and say nothing about the network.
+_TRAINING_PARAMS = {"lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor"}
+
+
+class CheckpointError(ValueError):
+    """A VQ-GAN configuration or checkpoint that cannot be used; the message says which entries, and why."""
+
+
+class PixelError(ValueError):
+    """Pixels or codes of a shape, type or value the VQ-GAN cannot take."""
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """Topology of a VQ-GAN; the defaults are the published one, the names taming's.
+
+    Attributes:
+        embed_dim: width of a codebook entry.
+        n_embed: entries of the codebook.
+        z_channels: width between encoder and codebook, and between codebook and decoder.
+        resolution: image size [px] that `attn_resolutions` refers to; it limits no input.
+        in_channels: channels of the input (3: RGB).
+        out_ch: channels of the output.
+        ch: width of the first stage; a multiple of 32.
+        ch_mult: width of each stage in units of `ch`; each stage but the last halves the image.
+        num_res_blocks: residual blocks per stage.
+        attn_resolutions: image sizes [px] at which a stage has attention.
+        dropout: in the residual blocks.
+        double_z: must be false (mean and variance are for KL autoencoders, not for a codebook).
+
+    Raises:
+        CheckpointError: a value is out of range.
+
+    Source: Esser et al. 2021; `vqgan.yaml` of Chameleon (Gafni et al. 2022).
+    """
+
+    embed_dim: int = 256
+    n_embed: int = 8_192
+    z_channels: int = 256
+    resolution: int = 512
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = ()
+    dropout: float = 0.0
+    double_z: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("ch_mult", "attn_resolutions"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                raise CheckpointError(f"{name} is {value!r}; a list of whole numbers is needed")
+            object.__setattr__(self, name, tuple(value))
+        numbers = ("embed_dim", "n_embed", "z_channels", "resolution", "in_channels", "out_ch", "ch")
+        for name in (*numbers, "num_res_blocks"):
+            _check_whole(name, getattr(self, name))
+        for name in ("ch_mult", "attn_resolutions"):
+            for value in getattr(self, name):
+                _check_whole(name, value)
+        if not self.ch_mult:
+            raise CheckpointError("ch_mult is empty; one width per stage is needed")
+        if self.ch % _NORM_GROUPS:
+            raise CheckpointError(f"ch is {self.ch}; a multiple of {_NORM_GROUPS} is needed")
+        if isinstance(self.dropout, bool) or not 0.0 <= self.dropout < 1.0:
+            raise CheckpointError(f"dropout is {self.dropout!r}; allowed: 0 up to, not including, 1")
+        if self.double_z is not False:
+            raise CheckpointError(f"double_z is {self.double_z!r}; a VQ-GAN has double_z: false")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per code, along each side (published: 16)."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @classmethod
+    def from_mapping(cls, fields: Mapping[str, Any], *, origin: str) -> VQGANConfig:
+        """Check fields by name: all of them, and no other.
+
+        Raises:
+            CheckpointError: fields are missing or unknown (all are listed), or a value is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        missing, unknown = sorted(known - fields.keys()), sorted(map(str, fields.keys() - known))
+        if missing or unknown:
+            raise CheckpointError(
+                f"{origin}: missing fields: {', '.join(missing) or 'none'}; "
+                f"unknown fields: {', '.join(unknown) or 'none'}"
+            )
+        try:
+            return cls(**fields)
+        except (CheckpointError, TypeError) as error:
+            raise CheckpointError(f"{origin}: {error}") from error
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> VQGANConfig:
+        """Read the published `vqgan.yaml`.
+
+        Raises:
+            CheckpointError: it is no YAML, or its `model.params` is not a VQ-GAN's.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is no plain YAML: {error}") from error
+        params = content
+        for name in ("model", "params"):
+            params = params.get(name) if isinstance(params, dict) else None
+        if not isinstance(params, dict) or not isinstance(params.get("ddconfig"), dict):
+            raise CheckpointError(f"{path} has no 'model.params.ddconfig'; it describes no VQ-GAN")
+        top = {name: value for name, value in params.items() if name not in {"ddconfig", *_TRAINING_PARAMS}}
+        return cls.from_mapping({**params["ddconfig"], **top}, origin=f"model.params of {path}")
+
+
+class VQGAN(nn.Module):
+    """Image autoencoder with a codebook between its halves.
+
+    Args:
+        config: the topology.
+
+    Example:
+        >>> vqgan = VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1), z_channels=8, embed_dim=8, n_embed=16)).eval()
+        >>> codes = vqgan.encode(torch.zeros(1, 3, 32, 64))
+        >>> codes.shape, vqgan.decode(codes).shape
+        (torch.Size([1, 16, 32]), torch.Size([1, 3, 32, 64]))
+
+    Source: Esser et al. 2021, "Taming Transformers"; keys as in its checkpoints.
+    """
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        topology = dataclasses.asdict(config)
+        with contextlib.redirect_stdout(io.StringIO()):  # taming prints the shape of z
+            self.encoder = Encoder(**topology)
+            self.decoder = Decoder(**topology)
+        self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, beta=_BETA)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.quant_conv.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type the network computes in."""
+        return self.quant_conv.weight.dtype
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, *, positions_per_chunk: int = 4_096) -> Tensor:
+        """Find the codes of images.
+
+        Args:
+            pixels: (B, in_channels, H, W) float in [-1, 1]; H and W multiples of `config.factor`.
+            positions_per_chunk: codes searched for at once; the distance table takes
+                4 · positions_per_chunk · n_embed bytes (published: 128 MiB), however many images there are.
+
+        Returns:
+            (B, H/factor, W/factor) int64 codes in 0 … n_embed - 1, on the device of the weights.
+
+        Raises:
+            PixelError: another shape or type, a size that is no multiple of the factor, or NaN or infinite
+                values.
+        """
+        self._check_pixels(pixels)
+        z = self.quant_conv(self.encoder(pixels.to(self.device, self.dtype)))  # (B, E, h, w)
+        vectors = z.permute(0, 2, 3, 1).reshape(-1, self.config.embed_dim)  # (B·h·w, E)
+        codes = nearest_codes(vectors, self.quantize.embedding.weight, positions_per_chunk)
+        return codes.view(z.shape[0], *z.shape[2:])
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Draw the images of codes.
+
+        Args:
+            codes: (B, h, w) integers in 0 … n_embed - 1.
+
+        Returns:
+            (B, out_ch, h·factor, w·factor) float32, about [-1, 1] and not clamped.
+
+        Raises:
+            PixelError: another shape or type, or a code outside the codebook.
+        """
+        if codes.ndim != 3 or 0 in codes.shape or codes.is_floating_point() or codes.is_complex():
+            raise PixelError(
+                f"codes have shape {tuple(codes.shape)} and type {codes.dtype}; (B, h, w) integers needed"
+            )
+        low, high = (int(bound) for bound in torch.aminmax(codes))
+        if low < 0 or high >= self.config.n_embed:
+            raise PixelError(f"codes reach from {low} to {high}; allowed: 0 … {self.config.n_embed - 1}")
+        z = self.quantize.embedding(codes.to(self.device, torch.int64)).permute(0, 3, 1, 2)  # (B, E, h, w)
+        return self.decoder(self.post_quant_conv(z)).float()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        dir_or_repo: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        **hub: Unpack[HubOptions],
+    ) -> VQGAN:
+        """Load a VQ-GAN: ours (`config.json`, `model.safetensors`) or published (`vqgan.yaml`, `vqgan.ckpt`).
+
+        Args:
+            dir_or_repo: a folder, or the id of a Hub repository.
+            device: where to put the weights (default: CPU).
+            dtype: type to compute in.
+            hub: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only`, as in transformers.
+
+        Returns:
+            The network, in eval mode.
+
+        Raises:
+            CheckpointError: a field or tensor is missing, unexpected or of another shape, or the published
+                file would have to be unpickled.
+            FileNotFoundError: there is neither pair of files.
+        """
+        found = resolve_files(dir_or_repo, [], optional=[CONFIG_NAME, PUBLISHED_CONFIG_NAME], **hub)
+        if CONFIG_NAME in found:
+            content = _read_json(found[CONFIG_NAME])
+            if content.pop("model_type", None) == MODEL_TYPE:
+                config = VQGANConfig.from_mapping(content, origin=str(found[CONFIG_NAME]))
+                weights = resolve_files(dir_or_repo, [WEIGHTS_NAME], **hub)[WEIGHTS_NAME]
+                return cls._with_weights(config, _read_safetensors(weights), weights, device, dtype)
+        # A published model's folder holds a config.json too: that of its language model.
+        if PUBLISHED_CONFIG_NAME in found:
+            return cls.from_published(dir_or_repo, device=device, dtype=dtype, **hub)
+        raise PretrainedFilesError(
+            f"{found[CONFIG_NAME]} is not of model_type {MODEL_TYPE!r}, and there is no "
+            f"{PUBLISHED_CONFIG_NAME} beside it: {dir_or_repo} holds no VQ-GAN"
+        )
+
+    @classmethod
+    def from_published(
+        cls,
+        dir_or_repo: str | os.PathLike[str],
+        *,
+        trust_pickle: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        **hub: Unpack[HubOptions],
+    ) -> VQGAN:
+        """Load the published pair `vqgan.yaml` and `vqgan.ckpt`, as `from_pretrained` does.
+
+        Args:
+            dir_or_repo: a folder, or the id of a Hub repository.
+            trust_pickle: unpickle a checkpoint that holds more than tensors. That runs whatever code the file
+                names: only for a file whose author you trust.
+            device: where to put the weights (default: CPU).
+            dtype: type to compute in.
+            hub: as `from_pretrained`.
+
+        Raises:
+            CheckpointError: as `from_pretrained`.
+            FileNotFoundError: a file is missing.
+        """
+        files = resolve_files(dir_or_repo, [PUBLISHED_CONFIG_NAME, PUBLISHED_WEIGHTS_NAME], **hub)
+        config = VQGANConfig.from_yaml(files[PUBLISHED_CONFIG_NAME])
+        path = files[PUBLISHED_WEIGHTS_NAME]
+        return cls._with_weights(config, _read_published(path, trust_pickle), path, device, dtype)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors`: both, or on failure neither."""
+        content = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
+        with staged_folder(folder) as stage:
+            tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+            save_file(tensors, stage / WEIGHTS_NAME, metadata={"format": "pt"})
+            _write_text(stage / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload VQ-GAN",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub.
+
+        Args:
+            repo_id: `organisation/name`; made if it does not exist.
+            private: whether a new repository is private (default: as the organisation has it).
+            token: access token, or True or None for the stored one.
+            revision: branch to commit to, made if it does not exist (default: main).
+            commit_message: first line of the commit.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+        return commit.commit_url
+
+    @classmethod
+    def _with_weights(
+        cls,
+        config: VQGANConfig,
+        tensors: Mapping[str, Tensor],
+        origin: Path,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> VQGAN:
+        with torch.device("meta"):  # no memory, and no random number, for weights that are replaced
+            model = cls(config)
+        expected = model.state_dict()
+        problems = [f"missing: {name}" for name in sorted(expected.keys() - tensors.keys())]
+        problems += [f"unexpected: {name}" for name in sorted(tensors.keys() - expected.keys())]
+        problems += [
+            f"{name} is {list(tensors[name].shape)}, should be {list(expected[name].shape)}"
+            for name in expected
+            if name in tensors and tensors[name].shape != expected[name].shape
+        ]
+        if problems:
+            raise CheckpointError(f"{origin} does not fit its configuration: {'; '.join(problems)}")
+        model.load_state_dict(tensors, assign=True)
+        return model.to(device=device or "cpu", dtype=dtype).eval()
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        channels, factor = self.config.in_channels, self.config.factor
+        if pixels.ndim != 4 or 0 in pixels.shape or pixels.shape[1] != channels:
+            raise PixelError(f"pixels have shape {tuple(pixels.shape)}; (B, {channels}, H, W) needed")
+        if not pixels.is_floating_point():
+            raise PixelError(f"pixels are {pixels.dtype}; floating point in [-1, 1] needed")
+        height, width = pixels.shape[2:]
+        if height % factor or width % factor:
+            raise PixelError(f"image of {width} x {height} px; both must be multiples of {factor}")
+        if not torch.isfinite(pixels).all():
+            raise PixelError("pixels hold NaN or infinite values; [-1, 1] needed")
+
+
+def nearest_codes(vectors: Tensor, codebook: Tensor, positions_per_chunk: int) -> Tensor:
+    """Index of the codebook entry with the smallest squared L2 distance; of equally near ones the lowest.
+
+    Distances are computed in fp32 whatever the type of the network and under autocast too: in bf16 many
+    entries would be equally near.
+
+    Args:
+        vectors: (N, E).
+        codebook: (C, E).
+        positions_per_chunk: rows of `vectors` compared at once.
+
+    Returns:
+        (N,) int64.
+    """
+    with torch.autocast(vectors.device.type, enabled=False):
+        entries = codebook.float()
+        # |v - e|² = |v|² + |e|² - 2 v·e, and |v|² is the same for every entry.
+        lengths = entries.square().sum(dim=1)  # (C,)
+        chunks = vectors.split(positions_per_chunk)
+        return torch.cat(
+            [torch.addmm(lengths, chunk.float(), entries.T, alpha=-2.0).argmin(dim=1) for chunk in chunks]
+        )
+
+
+def _read_published(path: Path, trust_pickle: bool) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is not opened: it holds {_pickled_names(path) or 'objects'} beside tensors, and unpickling "
+            "them can run any code. If you trust its author, convert it once, in Python with "
+            f"VQGAN.from_published({str(path.parent)!r}, trust_pickle=True).save_pretrained(out), or with "
+            f"`worldvla convert {path.parent} OUT --trust-pickle`"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} is no whole torch file: {error}") from error
+    tensors = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path} has no 'state_dict'; a checkpoint of taming-transformers is needed")
+    kept = {name: value for name, value in tensors.items() if not str(name).startswith(_LOSS_PREFIX)}
+    wrong = [str(name) for name, value in kept.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise CheckpointError(f"{path}: state_dict entries that are no tensors: {', '.join(wrong)}")
+    return kept
+
+
+def _pickled_names(path: Path) -> str:
+    """Names of the functions and classes a checkpoint would call, read without calling them."""
+    try:
+        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+    except (pickle.UnpicklingError, ValueError, RuntimeError):
+        return ""  # A torch file of the oldest format; the caller says "objects".
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; an object is needed")
+    return content
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{name} is {value!r}; a whole number of at least 1 is needed")
