@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from worldvla_model import WorldVLA, WorldVLAConfig, WorldVLAForConditionalGeneration
 
 

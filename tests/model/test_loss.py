@@ -1,7 +1,6 @@
 import pytest
 import torch
 from torch.nn import functional
-
 from worldvla_model import loss
 
 
@@ -48,7 +47,9 @@ def test_published_weights_are_off_by_one_as_published():
 
 def test_paper_loss_takes_each_mean_over_its_own_tokens():
     logits = torch.randn(3, 6, 50, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[-100, -100, 5, 6, 7, 8], [-100, 1, 2, 3, -100, -100], [-100, -100, -100, -100, -100, 9]])
+    labels = torch.tensor(
+        [[-100, -100, 5, 6, 7, 8], [-100, 1, 2, 3, -100, -100], [-100, -100, -100, -100, -100, 9]]
+    )
     terms = functional.cross_entropy(logits[:, :-1].reshape(-1, 50), labels[:, 1:].reshape(-1), reduction="none")
     terms = terms.view(3, 5)
     action = (terms[0].sum() + terms[2].sum()) / 5

@@ -83,12 +83,18 @@ class WorldVLA:
             VocabularyError: the tokenizer has another layout.
         """
         place = {"revision": revision, "subfolder": subfolder} if tokenizers is None else {}
-        shared = {key: model_options[key] for key in ("cache_dir", "token", "local_files_only") if key in model_options}
+        shared = {
+            key: model_options[key] for key in ("cache_dir", "token", "local_files_only") if key in model_options
+        }
         settings = {} if image_size is None else {"image_size": image_size}
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # First the tokenizers: a wrong one should not cost the loading of a large model.
         processor = WorldVLAProcessor.from_pretrained(
-            model_dir_or_repo if tokenizers is None else tokenizers, device=str(device), **place, **shared, **settings
+            model_dir_or_repo if tokenizers is None else tokenizers,
+            device=str(device),
+            **place,
+            **shared,
+            **settings,
         )
         if action_tokenizer is not None:
             processor.actions = action_tokenizer
@@ -204,7 +210,9 @@ class WorldVLA:
         config, settings = self.model.config, self.processor.settings
         bounds = "\n".join(
             f"| {d} | {low:.6g} | {high:.6g} |"
-            for d, (low, high) in enumerate(zip(self.processor.actions.low, self.processor.actions.high, strict=True))
+            for d, (low, high) in enumerate(
+                zip(self.processor.actions.low, self.processor.actions.high, strict=True)
+            )
         )
         chunk = settings.num_actions or "as many as the model chooses"
         return f"""---

@@ -222,7 +222,9 @@ def decode_chunk(
         if decoder.choose([begin_of_action, end_of_turn]) == end_of_turn:
             return [*generated, end_of_turn]
         generated += [begin_of_action, *fill(decoder, action_slots[1:])]
-    raise DecodingError(f"the model did not end its turn after {max_actions} actions (max_actions); pass num_actions")
+    raise DecodingError(
+        f"the model did not end its turn after {max_actions} actions (max_actions); pass num_actions"
+    )
 
 
 def continue_freely(decoder: Decoder, end_of_turn: int, *, max_new_tokens: int | None = None) -> list[int]:

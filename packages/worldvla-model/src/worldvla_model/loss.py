@@ -58,9 +58,7 @@ def supervised_losses(logits: Tensor, labels: Tensor) -> SupervisedLosses:
     )
 
 
-def published_loss(
-    logits: Tensor, labels: Tensor, *, alpha: float = 0.04, z_loss_weight: float = 1e-5
-) -> Tensor:
+def published_loss(logits: Tensor, labels: Tensor, *, alpha: float = 0.04, z_loss_weight: float = 1e-5) -> Tensor:
     """The released code's loss: one weighted mean over the mixed batch, plus z-loss.
 
     Σ wℓ / Σ w with w = alpha for ids 3 … 8194 and 1 for all others, structure tokens included;

@@ -29,13 +29,20 @@ class BlockTokens(Protocol):
     """Whatever knows the four ids that open and close blocks: a `Vocabulary` or a `WorldVLAConfig`."""
 
     @property
-    def boi(self) -> int: ...
+    def boi(self) -> int:
+        """Begin of image."""
+
     @property
-    def eoi(self) -> int: ...
+    def eoi(self) -> int:
+        """End of image."""
+
     @property
-    def boa(self) -> int: ...
+    def boa(self) -> int:
+        """Begin of action."""
+
     @property
-    def eoa(self) -> int: ...
+    def eoa(self) -> int:
+        """End of action."""
 
 
 class Positions(NamedTuple):

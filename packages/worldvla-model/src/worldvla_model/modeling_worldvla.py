@@ -33,10 +33,10 @@ from transformers.utils.output_capturing import capture_outputs
 from worldvla_model import masks
 from worldvla_model.configuration_worldvla import WorldVLAConfig
 from worldvla_model.loss import published_loss
+from worldvla_model.published import CheckpointError, check_tensors
 
-
-class CheckpointError(ValueError):
-    """A checkpoint whose tensors are not those of the model: missing, unexpected or of another shape."""
+NEVER_WRITTEN = 2
+"""`</s>`, which the generation settings of published checkpoints wait for in vain."""
 
 
 class SequenceLengthError(ValueError):
@@ -109,14 +109,15 @@ class WorldVLAPreTrainedModel(PreTrainedModel):
         )
         # A bare decoder may be read from a checkpoint with a head.
         unexpected = [k for k in info["unexpected_keys"] if k != "lm_head.weight" or hasattr(model, "lm_head")]
-        wrong = {
-            "missing": sorted(info["missing_keys"]),
-            "unexpected": sorted(unexpected),
-            "of another shape": sorted(str(entry) for entry in info["mismatched_keys"]),
-        }
-        if any(wrong.values()):
-            listed = "; ".join(f"{len(keys)} {how}: {', '.join(keys)}" for how, keys in wrong.items() if keys)
-            raise CheckpointError(f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {listed}")
+        check_tensors(
+            f"{pretrained_model_name_or_path} does not fit {cls.__name__}",
+            missing=info["missing_keys"],
+            unexpected=unexpected,
+            shapes={name: (tuple(found), tuple(needed)) for name, found, needed in info["mismatched_keys"]},
+        )
+        generation = getattr(model, "generation_config", None)
+        if generation is not None and generation.eos_token_id == NEVER_WRITTEN:
+            generation.eos_token_id = model.config.eos_token_id
         return (model, info) if wants_info else model
 
 
@@ -222,9 +223,10 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
     ) -> Tensor | BlockMask | None:
         """The mask of the new tokens over all keys, in the form that the attention implementation takes."""
         batch, queries = inputs_embeds.shape[:2]
+        total = past + queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
         implementation = self.config._attn_implementation
         if masks.resolve(strategy) is masks.causal:
-            if padding is None and past == 0 and implementation == "sdpa":
+            if padding is None and total == queries and implementation == "sdpa":
                 return None  # sdpa has a kernel for it
             if context_ids is None:  # the ids do not matter
                 context_ids = torch.zeros(batch, past + queries, dtype=torch.long, device=inputs_embeds.device)
@@ -235,7 +237,6 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
             )
         where = masks.positions(context_ids, self.config)
         keys = None if padding is None else padding.bool()
-        total = past + queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
         if implementation == "flex_attention":
             rule = masks.mask_function(strategy, where, first_query=past, keys=keys)
             return create_block_mask(
@@ -306,9 +307,7 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
         logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
         loss = None
         if labels is not None:
-            loss = published_loss(
-                logits, labels, alpha=self.config.alpha, z_loss_weight=self.config.z_loss_weight
-            )
+            loss = published_loss(logits, labels, alpha=self.config.alpha, z_loss_weight=self.config.z_loss_weight)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -341,4 +340,10 @@ def _within(rule: masks.MaskFunction, length: int) -> Callable[..., Tensor]:
     return mask_mod
 
 
-__all__ = ["WorldVLAForConditionalGeneration", "WorldVLAModel", "WorldVLAPreTrainedModel"]
+__all__ = [
+    "CheckpointError",
+    "SequenceLengthError",
+    "WorldVLAForConditionalGeneration",
+    "WorldVLAModel",
+    "WorldVLAPreTrainedModel",
+]

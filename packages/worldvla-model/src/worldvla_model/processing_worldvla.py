@@ -76,7 +76,7 @@ class WorldVLAProcessor(PushToHubMixin):
         text: TextTokenizer,
         images: ImageTokenizer,
         actions: ActionTokenizer,
-        settings: ProcessorSettings = ProcessorSettings(),  # noqa: B008  (frozen)
+        settings: ProcessorSettings = ProcessorSettings(),
     ) -> None:
         self.text = text
         self.images = images

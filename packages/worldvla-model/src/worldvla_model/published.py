@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -34,6 +34,40 @@ _SHARED_FIELDS = (
 
 class PublishedFormatError(ValueError):
     """A folder that is not in the published layout, or cannot be written in it."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint whose tensors are not those of the model: missing, unexpected or of another shape."""
+
+
+def check_tensors(
+    complaint: str,
+    *,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    """Raise one error that lists everything wrong with the tensors of a checkpoint, if anything is.
+
+    Args:
+        complaint: how the message begins.
+        missing: names that the model needs.
+        unexpected: names that it does not have.
+        shapes: for each name of another shape the one found and the one needed.
+
+    Raises:
+        CheckpointError: any of the three is not empty.
+    """
+    wrong = {
+        "missing": sorted(missing),
+        "unexpected": sorted(unexpected),
+        "of another shape": [
+            f"{name} {found}, {needed} needed" for name, (found, needed) in sorted(shapes.items())
+        ],
+    }
+    if any(wrong.values()):
+        listed = "; ".join(f"{len(names)} {how}: {', '.join(names)}" for how, names in wrong.items() if names)
+        raise CheckpointError(f"{complaint}: {listed}")
 
 
 def is_published(config: Mapping[str, Any]) -> bool:
@@ -59,7 +93,9 @@ def config_from_published(config: Mapping[str, Any]) -> dict[str, Any]:
     ours["qk_norm"] = "shared"
     ours["rope_parameters"] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10_000.0)}
     if config.get("rope_scaling") is not None:
-        raise PublishedFormatError(f"published config has rope_scaling = {config['rope_scaling']!r}; allowed: None")
+        raise PublishedFormatError(
+            f"published config has rope_scaling = {config['rope_scaling']!r}; allowed: None"
+        )
     ours["dtype"] = config.get("torch_dtype", config.get("dtype"))
     # `_name_or_path` and the like belong to transformers, which sets them itself.
     return ours
@@ -159,7 +195,13 @@ def _convert(
     if target.exists():
         raise FileExistsError(f"{target} exists; the converted checkpoint needs a folder of its own")
     shards = _shards(source)
-    _check_tensors(source, shards, _expected_shapes(ours))
+    expected, found = _expected_shapes(ours), dict(_found_shapes(source, shards))
+    check_tensors(
+        f"{source} does not fit its configuration",
+        missing=expected.keys() - found.keys(),
+        unexpected=found.keys() - expected.keys(),
+        shapes={n: (found[n], expected[n]) for n in expected.keys() & found.keys() if found[n] != expected[n]},
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = target.with_name(f".{target.name}.{uuid4().hex}")
     stage.mkdir()
@@ -182,6 +224,7 @@ def _convert(
 def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     import torch
 
+    # Here and not above: the model reads published configurations by means of this module.
     from worldvla_model.modeling_worldvla import WorldVLAConfig, WorldVLAForConditionalGeneration
 
     with torch.device("meta"):
@@ -190,24 +233,6 @@ def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if model.config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
-
-
-def _check_tensors(source: Path, shards: list[str], expected: Mapping[str, tuple[int, ...]]) -> None:
-    from worldvla_model.modeling_worldvla import CheckpointError
-
-    found = dict(_found_shapes(source, shards))
-    wrong = {
-        "missing": sorted(set(expected) - set(found)),
-        "unexpected": sorted(set(found) - set(expected)),
-        "of another shape": [
-            f"{name} {found[name]}, {shape} needed"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ],
-    }
-    if any(wrong.values()):
-        listed = "; ".join(f"{len(names)} {how}: {', '.join(names)}" for how, names in wrong.items() if names)
-        raise CheckpointError(f"{source} does not fit its configuration: {listed}")
 
 
 def _found_shapes(source: Path, shards: list[str]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -31,8 +31,9 @@ class PretrainedFilesError(FileNotFoundError):
 
 def resolve_files(
     dir_or_repo: str | os.PathLike[str],
-    names: Sequence[str],
+    names: Sequence[str] = (),
     *,
+    any_of: Sequence[str] = (),
     optional: Sequence[str] = (),
     revision: str | None = None,
     subfolder: str | None = None,
@@ -46,6 +47,7 @@ def resolve_files(
         dir_or_repo: a local folder if it exists; else, if it is a string, a Hub repository id
             (`organisation/name`). An `os.PathLike` always means a local folder.
         names: files that must be there.
+        any_of: files of which at least one must be there.
         optional: files that may be there.
         revision: branch, tag or commit of the Hub repository; a local folder has none and ignores it.
         subfolder: folder inside the folder or repository.
@@ -54,19 +56,19 @@ def resolve_files(
         local_files_only: take Hub files from the cache alone.
 
     Returns:
-        The path of every file of `names`, and of those of `optional` that exist.
+        The path of every file of `names`, and of those of `any_of` and `optional` that exist.
 
     Raises:
-        PretrainedFilesError: a file of `names` is missing, or `dir_or_repo` is neither a folder nor a
+        PretrainedFilesError: a file that must be there is not, or `dir_or_repo` is neither a folder nor a
             repository that can be reached; the message says what was looked for, and where.
         ImportError: it can only be a Hub id, and huggingface_hub is not installed.
     """
-    wanted = (*names, *optional)
+    wanted = (*names, *any_of, *optional)
     folder = Path(dir_or_repo)
     if folder.is_dir():
         folder = folder / (subfolder or "")
         found = {name: folder / name for name in wanted if (folder / name).is_file()}
-        _require(names, found, f"the folder {folder.absolute()}")
+        _require(names, any_of, found, f"the folder {folder.absolute()}")
         return found
 
     described = ", ".join(wanted) + (f" in subfolder {subfolder!r}" if subfolder else "")
@@ -113,7 +115,7 @@ def resolve_files(
         except EntryNotFoundError:
             continue  # The repository has no such file; `_require` reports it if it must be there.
     where = f"{_hub_name(dir_or_repo, revision)} (and {str(folder)!r} is no local folder)"
-    _require(names, found, where, unreachable)
+    _require(names, any_of, found, where, unreachable)
     return found
 
 
@@ -157,14 +159,18 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _require(
-    names: Sequence[str], found: dict[str, Path], where: str, unreachable: Exception | None = None
+    names: Sequence[str],
+    any_of: Sequence[str],
+    found: dict[str, Path],
+    where: str,
+    unreachable: Exception | None = None,
 ) -> None:
     missing = [name for name in names if name not in found]
-    if missing or not found:
-        what = ", ".join(missing) if missing else "none of the files looked for"
+    if any_of and not any(name in found for name in any_of):
+        missing.append(" or ".join(any_of))
+    if missing:
         reason = f": {unreachable}" if unreachable else ""
-        verb = "is missing" if len(missing) == 1 else "are missing" if missing else "is there"
-        raise PretrainedFilesError(f"{what} {verb} in {where}{reason}") from unreachable
+        raise PretrainedFilesError(f"not found in {where}: {', '.join(missing)}{reason}") from unreachable
 
 
 def _hub_name(repo_id: str, revision: str | None) -> str:

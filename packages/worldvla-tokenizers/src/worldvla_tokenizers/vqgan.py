@@ -22,8 +22,13 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import VectorQuantizer
 from torch import Tensor, nn
 
-from worldvla_tokenizers._files import HubOptions, PretrainedFilesError, resolve_files, staged_folder
-from worldvla_tokenizers._files import write_text_atomic as _write_text
+from worldvla_tokenizers._files import (
+    HubOptions,
+    PretrainedFilesError,
+    resolve_files,
+    staged_folder,
+    write_text_atomic,
+)
 
 MODEL_TYPE = "worldvla-vqgan"
 CONFIG_NAME = "config.json"
@@ -254,7 +259,7 @@ class VQGAN(nn.Module):
                 file would have to be unpickled.
             FileNotFoundError: there is neither pair of files.
         """
-        found = resolve_files(dir_or_repo, [], optional=[CONFIG_NAME, PUBLISHED_CONFIG_NAME], **hub)
+        found = resolve_files(dir_or_repo, any_of=[CONFIG_NAME, PUBLISHED_CONFIG_NAME], **hub)
         if CONFIG_NAME in found:
             content = _read_json(found[CONFIG_NAME])
             if content.pop("model_type", None) == MODEL_TYPE:
@@ -304,7 +309,7 @@ class VQGAN(nn.Module):
         with staged_folder(folder) as stage:
             tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
             save_file(tensors, stage / WEIGHTS_NAME, metadata={"format": "pt"})
-            _write_text(stage / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+            write_text_atomic(stage / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
 
     def push_to_hub(
         self,
@@ -355,7 +360,9 @@ class VQGAN(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> VQGAN:
-        with torch.device("meta"):  # no memory, and no random number, for weights that are replaced
+        # The initial weights are replaced: they must not use up the caller's random numbers. (On the meta device
+        # there would be none to draw, but drawing there imports torch's compiler, which takes 4 s.)
+        with torch.random.fork_rng(devices=[]):
             model = cls(config)
         expected = model.state_dict()
         problems = [f"missing: {name}" for name in sorted(expected.keys() - tensors.keys())]

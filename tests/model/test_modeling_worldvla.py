@@ -1,0 +1,334 @@
+import json
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    ChameleonModel,
+    DynamicCache,
+    StaticCache,
+)
+from worldvla_model import (
+    CheckpointError,
+    SequenceLengthError,
+    WorldVLAConfig,
+    WorldVLAForConditionalGeneration,
+    WorldVLAModel,
+    masks,
+)
+
+IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
+
+
+@pytest.fixture(scope="module")
+def batch(published):
+    """The three samples of `logits.npz`, padded right with id 0, and their lengths."""
+    chosen = [*published.samples(size=128, kind="action")[:2], published.samples(size=128, kind="world")[0]]
+    lengths = [len(s["tokens"]) for s in chosen]
+    ids = torch.tensor([s["tokens"] + [0] * (max(lengths) - len(s["tokens"])) for s in chosen])
+    return ids, lengths
+
+
+def check_against_reference(published, batch, hidden, logits=None):
+    reference, (_, lengths) = published.arrays("logits"), batch
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row, :length], reference["hidden"][row, :length], rtol=0, atol=1e-5)
+        if logits is not None:
+            part = logits[row, :length]
+            np.testing.assert_array_equal(part.argmax(-1), reference["argmax"][row, :length])
+            logsumexp = part.logsumexp(-1)
+            np.testing.assert_allclose(logsumexp, reference["logsumexp"][row, :length], rtol=0, atol=1e-5)
+    if logits is not None:
+        tail = logits[0, lengths[0] - 48 : lengths[0], 8_190:10_300]
+        np.testing.assert_allclose(tail, reference["action_tail"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_hidden_states_and_logits_of_the_published_code(published, batch, implementation):
+    model = WorldVLAForConditionalGeneration.from_pretrained(
+        published.checkpoint, dtype=torch.float32, attn_implementation=implementation
+    )
+    assert not model.training
+    with torch.inference_mode():
+        output = model(batch[0], output_hidden_states=True)
+    assert output.logits.dtype == torch.float32
+    check_against_reference(published, batch, output.hidden_states[-1], output.logits)
+
+
+def test_auto_classes_load_published_checkpoints(published, batch):
+    model = AutoModel.from_pretrained(published.checkpoint, dtype=torch.float32)
+    assert type(model) is WorldVLAModel
+    with torch.inference_mode():
+        check_against_reference(published, batch, model(batch[0]).last_hidden_state)
+    assert type(AutoConfig.from_pretrained(published.checkpoint)) is WorldVLAConfig
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        assert type(auto.from_pretrained(published.checkpoint)) is WorldVLAForConditionalGeneration
+
+
+def test_plain_transformers_fails_on_published_checkpoints(published):
+    """The reason for all this; if it passes one day, the registration can go."""
+    with pytest.raises(RuntimeError, match="mismatch"):
+        ChameleonModel.from_pretrained(published.checkpoint)
+
+
+def test_other_peoples_chameleon_loads_as_it_did(tmp_path):
+    vq = {"base_channels": 32, "channel_multiplier": [1, 1], "embed_dim": 8, "latent_channels": 8,
+          "num_embeddings": 16, "num_res_blocks": 1, "resolution": 32}  # fmt: skip
+    config = ChameleonConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, vq_config=vq, vocabulary_map={"<image>": 5, "IMGIMGAZ": 6}, bos_token_id=0,
+    )  # fmt: skip
+    theirs = ChameleonForConditionalGeneration(config)
+    theirs.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded) is ChameleonForConditionalGeneration
+    assert type(AutoConfig.from_pretrained(tmp_path)) is ChameleonConfig
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), theirs.parameters(), strict=True))
+    assert type(AutoModel.from_config(config)) is ChameleonModel
+
+
+def test_save_and_load_are_bit_equal(published, tmp_path):
+    model = WorldVLAForConditionalGeneration.from_pretrained(published.checkpoint)
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path, max_shard_size="1MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "worldvla"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.to_diff_dict() == model.config.to_diff_dict()
+    ours, theirs = again.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_generation_ends_with_the_turn(published):
+    model = WorldVLAForConditionalGeneration.from_pretrained(published.checkpoint)
+    assert model.generation_config.eos_token_id == 8_710
+
+
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"qk_norm": "per_head"}, {"mlp_bias": True}])
+def test_variants_save_and_load(small_config, tmp_path, changes):
+    config = WorldVLAConfig(**{**small_config.to_dict(), **changes})
+    model = WorldVLAForConditionalGeneration(config).eval()
+    heads = 1 if config.qk_norm == "shared" else 4
+    assert model.model.layers[0].self_attn.q_norm.weight.shape == (heads, 8)
+    model.save_pretrained(tmp_path)
+    again = WorldVLAForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, 16_640, (1, 20))
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    tied = again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
+    assert tied == config.tie_word_embeddings
+
+
+def test_repeated_shared_norms_equal_per_head_norms(small, small_config):
+    with torch.no_grad():
+        for module in small.modules():
+            if type(module).__name__ == "ChameleonLayerNorm":
+                module.weight.normal_(1, 0.1)
+                module.bias.normal_(0, 0.1)
+    config = WorldVLAConfig(**{**small_config.to_dict(), "qk_norm": "per_head"})
+    wide = WorldVLAForConditionalGeneration(config).eval()
+    state = small.state_dict()
+    for name, value in wide.state_dict().items():
+        if "_norm." in name:
+            state[name] = state[name].expand_as(value)
+    wide.load_state_dict(state)
+    ids = torch.randint(0, 16_640, (2, 20))
+    with torch.inference_mode():
+        assert torch.equal(small(ids).logits, wide(ids).logits)
+
+
+blocks = st.sampled_from([[16_400, 16_401], [8_197, 8_805, 50, 8_196], [10_004, 10_100, 10_101, 15_004], [8_710]])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(blocks, min_size=2, max_size=8), st.sampled_from(["causal", "action_isolated_everywhere"]), st.data()
+)
+def test_cached_equals_uncached(parts, strategy, data):
+    torch.manual_seed(0)
+    config = WorldVLAConfig(
+        vocab_size=16_640, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.2, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = WorldVLAForConditionalGeneration(config).eval()
+    ids = torch.tensor([[0, *(token for part in parts for token in part)]])
+    length = ids.shape[1]
+    cuts = sorted({0, length, *data.draw(st.lists(st.integers(1, length - 1), max_size=4))})
+    with torch.inference_mode():
+        whole = model(ids, attention=strategy).logits
+        for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=48)):
+            pieces = []
+            for start, stop in pairwise(cuts):
+                output = model(
+                    ids[:, start:stop], context_ids=ids[:, :stop], past_key_values=cache, use_cache=True,
+                    attention=strategy,
+                )  # fmt: skip
+                pieces.append(output.logits)
+            torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_cached_tokens_need_their_ids(small):
+    ids = torch.tensor([[0, 16_400, 16_401]])
+    cache = small(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"pass context_ids, \(batch, 4\)"):
+        small(ids[:, :1], past_key_values=cache)
+    small(ids[:, :1], past_key_values=cache, attention="causal")  # blocks do not matter here
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_changes_nothing(published, implementation, side):
+    model = WorldVLAForConditionalGeneration.from_pretrained(
+        published.checkpoint, dtype=torch.float32, attn_implementation=implementation
+    )
+    sample = published.samples(size=128, kind="action")[1]["tokens"]
+    pad = [1] * 18
+    ids = torch.tensor([pad + sample if side == "left" else sample + pad])
+    mask = (ids != 1).long()
+    with torch.inference_mode():
+        alone = model(torch.tensor([sample])).logits
+        padded = model(ids, attention_mask=mask).logits
+    part = padded[:, len(pad) :] if side == "left" else padded[:, : len(sample)]
+    torch.testing.assert_close(part, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_masks_given_by_the_caller_are_taken_as_they_are(model, published):
+    ids = torch.tensor([published.samples(size=128, kind="action")[0]["tokens"]])
+    dense = masks.dense("first_image_only", ids, model.config)[:, None]
+    with torch.inference_mode():
+        expected = model(ids, attention="first_image_only").logits
+        torch.testing.assert_close(model(ids, attention_mask=dense).logits, expected)
+        assert not torch.allclose(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_equals_the_published_continuations(published, model, cache):
+    for reference in published.json("generations")[:2]:
+        prompt = torch.tensor([reference["prompt"]])
+        output = model.generate(prompt, max_new_tokens=80, do_sample=False, cache_implementation=cache)
+        assert output[0, prompt.shape[1] :].tolist() == reference["generated"]
+
+
+def test_generate_in_a_left_padded_batch(published, model):
+    references = [r for r in published.json("generations") if r["kind"] == "action"]
+    longest = max(len(r["prompt"]) for r in references)
+    rows = [[1] * (longest - len(r["prompt"])) + r["prompt"] for r in references]
+    ids = torch.tensor(rows)
+    output = model.generate(ids, attention_mask=(ids != 1).long(), max_new_tokens=50, do_sample=False)
+    for row, reference in zip(output[:, longest:].tolist(), references, strict=True):
+        assert row[: len(reference["generated"])] == reference["generated"]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(small_config):
+    ids = torch.randint(16_390, 16_640, (2, 24))
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = WorldVLAForConditionalGeneration(small_config).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()  # 5.4 has no other name for it
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(g is not None for g in gradients[0])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_residual_dropout_acts_in_training_only(small_config):
+    config = WorldVLAConfig(**{**small_config.to_dict(), "dropout": 0.5})
+    model = WorldVLAForConditionalGeneration(config)
+    ids = torch.randint(16_390, 16_640, (1, 10))
+    with torch.no_grad():
+        model.eval()
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_hidden_states_and_attentions_are_recorded(small):
+    small.set_attn_implementation("eager")
+    output = small(torch.tensor([[0, 16_400, 16_401]]), output_hidden_states=True, output_attentions=True)
+    assert [h.shape for h in output.hidden_states] == [(1, 3, 32)] * 3
+    assert [a.shape for a in output.attentions] == [(1, 4, 3, 3)] * 2
+
+
+def test_device_map_and_half_precision(published):
+    model = WorldVLAForConditionalGeneration.from_pretrained(
+        published.checkpoint, device_map="cpu", dtype=torch.bfloat16
+    )
+    logits = model(torch.tensor([[0, 16_400]])).logits
+    assert logits.dtype == torch.float32
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_too_many_positions(small, implementation):
+    small.set_attn_implementation(implementation)
+    with pytest.raises(SequenceLengthError, match=r"sequence of 513 tokens; the model has 512 positions"):
+        small(torch.zeros(1, 513, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("attention", "isolated", "attention is 'isolated'; allowed: causal, action_isolated"),
+        ("qk_norm", "both", "qk_norm is 'both'; allowed: 'shared', 'per_head'"),
+        ("num_attention_heads", 3, "a multiple of num_attention_heads, 3"),
+    ],
+)
+def test_bad_settings(setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        WorldVLAConfig(**{"hidden_size": 64, "num_attention_heads": 4, setting: value})
+
+
+def test_both_or_neither_input(small):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        small()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            r"1 missing: model\.layers\.1\.mlp\.up_proj\.weight",
+        ),
+        (lambda t: t.update(extra=torch.zeros(2)), "1 unexpected: extra"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(7)}),
+            r"1 of another shape: model\.norm\.weight \(7,\), \(64,\) needed",
+        ),
+    ],
+)
+def test_checkpoint_that_does_not_fit(published, tmp_path, damage, message):
+    tensors = {}
+    for shard in published.checkpoint.glob("*.safetensors"):
+        tensors.update(load_file(shard))
+    damage(tensors)
+    shutil.copy(published.checkpoint / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        WorldVLAForConditionalGeneration.from_pretrained(tmp_path)
+    if "unexpected" not in message:
+        with pytest.raises(CheckpointError, match=message.replace(r"model\.", "")):
+            AutoModel.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_not_read_unless_asked(small, tmp_path):
+    small.config.save_pretrained(tmp_path)
+    torch.save(small.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        WorldVLAForConditionalGeneration.from_pretrained(tmp_path)
+    assert WorldVLAForConditionalGeneration.from_pretrained(tmp_path, use_safetensors=False) is not None
