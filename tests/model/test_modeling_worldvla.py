@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,10 @@ from worldvla_model import (
     masks,
 )
 
+CHAMELEON_READS_ITS_OWN_CONFIG = pytest.mark.skipif(
+    transformers.__version__.startswith("5.4."),
+    reason="transformers 5.4 refuses the attention_bias that its own Chameleon configuration writes",
+)
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
 
 
@@ -76,12 +81,14 @@ def test_auto_classes_load_published_checkpoints(published, batch):
         assert type(auto.from_pretrained(published.checkpoint)) is WorldVLAForConditionalGeneration
 
 
+@CHAMELEON_READS_ITS_OWN_CONFIG
 def test_plain_transformers_fails_on_published_checkpoints(published):
     """The reason for all this; if it passes one day, the registration can go."""
     with pytest.raises(RuntimeError, match="mismatch"):
         ChameleonModel.from_pretrained(published.checkpoint)
 
 
+@CHAMELEON_READS_ITS_OWN_CONFIG
 def test_other_peoples_chameleon_loads_as_it_did(tmp_path):
     vq = {"base_channels": 32, "channel_multiplier": [1, 1], "embed_dim": 8, "latent_channels": 8,
           "num_embeddings": 16, "num_res_blocks": 1, "resolution": 32}  # fmt: skip
