@@ -86,7 +86,7 @@ class WorldVLA:
         shared = {
             key: model_options[key] for key in ("cache_dir", "token", "local_files_only") if key in model_options
         }
-        settings = {} if image_size is None else {"image_size": image_size}
+        settings: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # First the tokenizers: a wrong one should not cost the loading of a large model.
         processor = WorldVLAProcessor.from_pretrained(
@@ -173,10 +173,9 @@ class WorldVLA:
         prompt = self.processor.world_prompt(images, actions)
         decoder = Decoder(self.model, prompt, attention=WORLD_ATTENTION, sampling=sampling)
         if constrained:
-            last = sequence.images_of(
-                sequence.parse(prompt, vocabulary, dimensions=self.processor.actions.dimensions)
-            )[-1]
-            slots = sequence.image_slots(*last.shape, vocabulary)
+            blocks = sequence.parse(prompt, vocabulary, dimensions=self.processor.actions.dimensions)
+            rows, columns = sequence.images_of(blocks)[-1].shape
+            slots = sequence.image_slots(rows, columns, vocabulary)
             ids = fill(decoder, [*slots, [vocabulary.eot]])
         else:
             ids = continue_freely(decoder, vocabulary.eot)

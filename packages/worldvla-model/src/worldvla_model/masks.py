@@ -52,22 +52,22 @@ class Positions(NamedTuple):
     of the sequence. Blocks of a kind are counted from 0.
 
     Attributes:
-        index: position in the sequence.
+        position: place in the sequence, from 0.
         action: number of the action block, -1 outside.
         image: number of the image block, -1 outside.
         last_image: number of the last image block that has begun, -1 before the first.
         trailing: True in action blocks that begin after the end of the sequence's last image block.
     """
 
-    index: Tensor
+    position: Tensor
     action: Tensor
     image: Tensor
     last_image: Tensor
     trailing: Tensor
 
-    def at(self, batch: Tensor | int, position: Tensor) -> Positions:
-        """Look up single positions: each field of (B, T) indexed by [batch, position]."""
-        return Positions(*(field[batch, position] for field in self))
+    def at(self, batch: Tensor | int, index: Tensor) -> Positions:
+        """Look up single positions: each field of (B, T) at [batch, index]."""
+        return Positions(*(field[batch, index] for field in self))
 
     def rows(self, start: int = 0) -> Positions:
         """Fields of (B, T) as queries: (B, T - start, 1)."""
@@ -87,7 +87,7 @@ MaskFunction: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def causal(query: Positions, key: Positions) -> Tensor:
     """Everything up to the position itself: the paper's Fig. 3a (actions) and 3c (world model)."""
-    return key.index <= query.index
+    return key.position <= query.position
 
 
 def action_isolated(query: Positions, key: Positions) -> Tensor:
@@ -146,20 +146,20 @@ def positions(ids: Tensor, tokens: BlockTokens) -> Positions:
     """
     action, action_begins, _ = _blocks(ids, tokens.boa, tokens.eoa, "action")
     image, image_begins, image_ends = _blocks(ids, tokens.boi, tokens.eoi, "image")
-    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
     # The n-th end token closes the n-th block, so the last of n blocks is closed by the n-th end token.
     number = image_begins.sum(dim=1, keepdim=True)
     closes_last = image_ends & (image_ends.cumsum(dim=1) == number)
     open_end = torch.where(number > 0, ids.shape[1] - 1, -1)
     last_image_end = torch.where(
-        closes_last.any(dim=1, keepdim=True), (index * closes_last).sum(dim=1, keepdim=True), open_end
+        closes_last.any(dim=1, keepdim=True), (position * closes_last).sum(dim=1, keepdim=True), open_end
     )
-    begins_after = (action_begins & (index > last_image_end)).to(index.dtype)
+    begins_after = (action_begins & (position > last_image_end)).long()
     # An action block begins after the last image end if it is one of the last `begins_after` blocks.
     first_trailing = (action_begins.sum(dim=1) - begins_after.sum(dim=1))[:, None]
     return Positions(
-        index=index,
+        position=position,
         action=action,
         image=image,
         last_image=image_begins.cumsum(dim=1) - 1,
@@ -185,7 +185,7 @@ def attend(
     query, key = where.rows(first_query), where.columns()
     allowed = resolve(strategy)(query, key)
     if keys is not None:
-        allowed = (allowed & keys[:, None, :]) | (query.index == key.index)
+        allowed = (allowed & keys[:, None, :]) | (query.position == key.position)
     return allowed
 
 
@@ -216,10 +216,10 @@ def mask_function(
     rule = resolve(strategy)
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        position = query + first_query
-        allowed = rule(where.at(batch, position), where.at(batch, key))
+        row = query + first_query
+        allowed = rule(where.at(batch, row), where.at(batch, key))
         if keys is not None:
-            allowed = (allowed & keys[batch, key]) | (position == key)
+            allowed = (allowed & keys[batch, key]) | (row == key)
         return allowed
 
     return mask_mod

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from transformers.utils import PushToHubMixin
 from worldvla_tokenizers import ActionTokenizer, ImageTokenizer, TextTokenizer, Vocabulary, sequence
-from worldvla_tokenizers._files import PretrainedFilesError, resolve_files, write_text_atomic
+from worldvla_tokenizers._files import HubOptions, PretrainedFilesError, resolve_files, write_text_atomic
 from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
 
 FILE_NAME = "processor_config.json"
@@ -234,10 +234,12 @@ class WorldVLAProcessor(PushToHubMixin):
         """
         options.pop("_from_auto", None)
         options.pop("trust_remote_code", None)
-        hub = {key: options.pop(key) for key in ("cache_dir", "token", "local_files_only") if key in options}
-        source, hub = pretrained_model_name_or_path, {"revision": revision, **hub}
+        source, hub = pretrained_model_name_or_path, HubOptions(revision=revision, subfolder=subfolder)
+        for key in ("cache_dir", "token", "local_files_only"):
+            if key in options:
+                hub[key] = options.pop(key)
         try:
-            path = resolve_files(source, [FILE_NAME], subfolder=subfolder, **hub)[FILE_NAME]
+            path = resolve_files(source, [FILE_NAME], **hub)[FILE_NAME]
         except PretrainedFilesError:
             # The published layout; where its files are missing too, the error that says so is the useful one.
             settings, image_folder, actions = {}, subfolder, ActionTokenizer.published()
@@ -245,14 +247,15 @@ class WorldVLAProcessor(PushToHubMixin):
             settings = json.loads(path.read_text(encoding="utf-8"))
             settings.pop("processor_class", None)
             image_folder = "/".join(filter(None, (subfolder, IMAGE_TOKENIZER_FOLDER)))
-            actions = ActionTokenizer.from_pretrained(source, subfolder=subfolder, **hub)
+            actions = ActionTokenizer.from_pretrained(source, **hub)
         unknown = sorted((settings | options).keys() - ProcessorSettings.__dataclass_fields__.keys())
         if unknown:
             allowed = ", ".join(ProcessorSettings.__dataclass_fields__)
             raise ValueError(f"{source}: unknown settings {', '.join(unknown)}; allowed: {allowed}")
+        image_hub: HubOptions = {**hub, "subfolder": image_folder}
         return cls(
-            text=TextTokenizer.from_pretrained(source, subfolder=subfolder, **hub),
-            images=ImageTokenizer.from_pretrained(source, subfolder=image_folder, device=device, **hub),
+            text=TextTokenizer.from_pretrained(source, **hub),
+            images=ImageTokenizer.from_pretrained(source, device=device, **image_hub),
             actions=actions,
             settings=ProcessorSettings(**(settings | options)),
         )

@@ -6,14 +6,15 @@ NumPy only, so that other vision-language-action projects can import it alone.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from worldvla_tokenizers._files import resolve_files, write_text_atomic
+from worldvla_tokenizers._files import HubOptions, resolve_files, write_text_atomic
 from worldvla_tokenizers.vocabulary import Vocabulary
 
 FILE_NAME = "action_tokenizer.json"
@@ -176,7 +177,7 @@ class ActionTokenizer:
         write_text_atomic(path, json.dumps(content, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, dir_or_repo: str | Path, **hub: Any) -> ActionTokenizer:
+    def from_pretrained(cls, dir_or_repo: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> ActionTokenizer:
         """Read what `save_pretrained` wrote, from a folder or a Hub repository.
 
         Args:
