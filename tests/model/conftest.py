@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from worldvla_model import WorldVLA, WorldVLAConfig, WorldVLAForConditionalGeneration
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from worldvla_model import Sampling, SequenceLengthError, WorldVLA
 from worldvla_tokenizers import ActionTokenizer, SequenceError
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from worldvla_model import DecodingError, Sampling, SequenceLengthError
 from worldvla_model.decoding import Decoder, continue_freely, decode_chunk, fill
 from worldvla_tokenizers import Vocabulary, sequence

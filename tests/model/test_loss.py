@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import functional
+
 from worldvla_model import loss
 
 

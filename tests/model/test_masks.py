@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
+
 from worldvla_model import masks
 from worldvla_model.masks import MaskError
 from worldvla_tokenizers import Vocabulary

@@ -20,6 +20,7 @@ from transformers import (
     DynamicCache,
     StaticCache,
 )
+
 from worldvla_model import (
     CheckpointError,
     SequenceLengthError,

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 from transformers import AutoProcessor, AutoTokenizer
+
 from worldvla_model import WorldVLAProcessor
 from worldvla_model.processing_worldvla import ProcessorSettings
 from worldvla_tokenizers import ActionTokenizer, SequenceError, VocabularyError, sequence

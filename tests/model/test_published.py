@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
 from worldvla_model import CheckpointError, WorldVLAForConditionalGeneration
 from worldvla_model import published as layout
 from worldvla_model.published import PublishedFormatError

@@ -74,7 +74,7 @@ def test_quantile_bounds_leave_outliers_out():
     assert (tokenizer.high < 1.0).all()
     assert (ActionTokenizer.fit(actions).high == 50).all()
     for quantile in (0.0, 0.5, -1, np.nan):
-        with pytest.raises(ActionError, match="above 0 and below 0.5"):
+        with pytest.raises(ActionError, match=r"above 0 and below 0\.5"):
             ActionTokenizer.fit(actions, quantile=quantile)
 
 

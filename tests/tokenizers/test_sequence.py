@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -120,20 +122,14 @@ SAMPLE = sequence.action_sample(TEXT, [np.arange(4).reshape(2, 2)], [[10_006] * 
 @given(st.integers(0, len(SAMPLE) - 1), st.integers(0, 65_535))
 def test_a_changed_id_is_never_read_as_the_same_blocks(position, token):
     changed = [*SAMPLE[:position], token, *SAMPLE[position + 1 :]]
-    try:
-        blocks = sequence.parse(changed, V)
-    except SequenceError as error:
-        assert "expected" in str(error)
-    else:
-        assert (blocks == sequence.parse(SAMPLE, V)) == (changed == SAMPLE)
+    with contextlib.suppress(SequenceError):
+        assert (sequence.parse(changed, V) == sequence.parse(SAMPLE, V)) == (changed == SAMPLE)
 
 
 @given(st.lists(st.one_of(st.integers(0, 65_535), st.sampled_from(SAMPLE)), max_size=60))
 def test_parse_answers_or_raises_its_own_error(ids):
-    try:
+    with contextlib.suppress(SequenceError):
         sequence.parse(ids, V)
-    except SequenceError:
-        pass
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from worldvla_tokenizers import ActionTokenizer, sequence
-from worldvla_tokenizers._files import write_text_atomic
 
 from worldvla_model.decoding import GREEDY, Decoder, Sampling, continue_freely, decode_chunk, fill
 from worldvla_model.modeling_worldvla import WorldVLAForConditionalGeneration
 from worldvla_model.processing_worldvla import WorldVLAProcessor
+from worldvla_tokenizers import ActionTokenizer, sequence
+from worldvla_tokenizers._files import write_text_atomic
 
 WORLD_ATTENTION = "causal"
 """World samples are plainly causal (paper, Fig. 3c)."""

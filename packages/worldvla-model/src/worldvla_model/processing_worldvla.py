@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from transformers.utils import PushToHubMixin
+
 from worldvla_tokenizers import ActionTokenizer, ImageTokenizer, TextTokenizer, Vocabulary, sequence
 from worldvla_tokenizers._files import HubOptions, PretrainedFilesError, resolve_files, write_text_atomic
 from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample

@@ -17,7 +17,7 @@ from worldvla_tokenizers.vocabulary import Vocabulary, VocabularyError
 if TYPE_CHECKING:
     from worldvla_tokenizers.image import ImageError, ImageTokenizer
     from worldvla_tokenizers.text import TextTokenizer
-    from worldvla_tokenizers.vqgan import VQGAN, CheckpointError, VQGANConfig
+    from worldvla_tokenizers.vqgan import VQGAN, CheckpointError, PixelError, VQGANConfig
 
 __all__ = [
     "VQGAN",
@@ -26,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "ImageError",
     "ImageTokenizer",
+    "PixelError",
     "SequenceError",
     "TextTokenizer",
     "VQGANConfig",
@@ -39,6 +40,7 @@ _LAZY = {
     "VQGAN": ("vqgan", "image"),
     "VQGANConfig": ("vqgan", "image"),
     "CheckpointError": ("vqgan", "image"),
+    "PixelError": ("vqgan", "image"),
     "ImageTokenizer": ("image", "image"),
     "ImageError": ("image", "image"),
 }

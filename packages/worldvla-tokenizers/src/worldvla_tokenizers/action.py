@@ -49,9 +49,9 @@ class ActionTokenizer:
     Example:
         >>> tokenizer = ActionTokenizer.published()
         >>> tokenizer.encode([0.0, 0.1, 0.5, 0.0, 0.0, 0.0, 1.0])
-        array([10133, 10147, 10201, 10124, 10133, 10133, 10261])
-        >>> tokenizer.decode([10133, 10147, 10201, 10124, 10133, 10133, 10261]).round(2) + 0.0
-        array([0.  , 0.1 , 0.5 , 0.  , 0.  , 0.  , 1.  ])
+        array([10133, 10147, 10201, 10124, 10133, 10133, 10260])
+        >>> tokenizer.decode([10133, 10147, 10201, 10124, 10133, 10133, 10260]).round(3)[[1, 2, 6]].tolist()
+        [0.103, 0.5, 0.996]
 
     Source: paper §3.2; RT-2 / OpenVLA binning, with ascending ids.
     """

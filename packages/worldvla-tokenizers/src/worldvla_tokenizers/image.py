@@ -122,7 +122,7 @@ class ImageTokenizer:
         images: ImageLike | Sequence[ImageLike],
         *,
         target: int | None = None,
-        batch_size: int = 8,
+        batch_size: int = 1,
         generator: np.random.Generator | None = None,
     ) -> NDArray[np.int64]:
         """Find the codes of images.
@@ -131,7 +131,8 @@ class ImageTokenizer:
             images: an array (B, H, W, 3) of uint8; or one image or a list of images, each a PIL image or an
                 array (H, W) or (H, W, C) of uint8 or uint16. See `to_rgb` for what is understood.
             target: size in pixels to fit images to, instead of `image_size`.
-            batch_size: images that go through the network at once.
+            batch_size: images that go through the network at once. One at a time gives the published codes
+                to the last one; in a batch convolutions round differently, and near ties may fall otherwise.
             generator: source of random crop offsets; None for centred crops.
 
         Returns:

@@ -104,7 +104,7 @@ class VQGANConfig:
             raise CheckpointError("ch_mult is empty; one width per stage is needed")
         if self.ch % _NORM_GROUPS:
             raise CheckpointError(f"ch is {self.ch}; a multiple of {_NORM_GROUPS} is needed")
-        if isinstance(self.dropout, bool) or not 0.0 <= self.dropout < 1.0:
+        if type(self.dropout) not in (int, float) or not 0.0 <= self.dropout < 1.0:
             raise CheckpointError(f"dropout is {self.dropout!r}; allowed: 0 up to, not including, 1")
         if self.double_z is not False:
             raise CheckpointError(f"double_z is {self.double_z!r}; a VQ-GAN has double_z: false")
@@ -193,6 +193,9 @@ class VQGAN(nn.Module):
     def encode(self, pixels: Tensor, *, positions_per_chunk: int = 4_096) -> Tensor:
         """Find the codes of images.
 
+        On NVIDIA GPUs cuDNN convolves fp32 in TF32 unless `torch.backends.cudnn.allow_tf32` is false; the codes
+        of near ties may then differ from those of a CPU.
+
         Args:
             pixels: (B, in_channels, H, W) float in [-1, 1]; H and W multiples of `config.factor`.
             positions_per_chunk: codes searched for at once; the distance table takes
@@ -228,10 +231,11 @@ class VQGAN(nn.Module):
             raise PixelError(
                 f"codes have shape {tuple(codes.shape)} and type {codes.dtype}; (B, h, w) integers needed"
             )
+        codes = codes.to(self.device, torch.int64)
         low, high = (int(bound) for bound in torch.aminmax(codes))
         if low < 0 or high >= self.config.n_embed:
             raise PixelError(f"codes reach from {low} to {high}; allowed: 0 … {self.config.n_embed - 1}")
-        z = self.quantize.embedding(codes.to(self.device, torch.int64)).permute(0, 3, 1, 2)  # (B, E, h, w)
+        z = self.quantize.embedding(codes).permute(0, 3, 1, 2)  # (B, E, h, w)
         return self.decoder(self.post_quant_conv(z)).float()
 
     @classmethod

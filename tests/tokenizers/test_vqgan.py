@@ -1,0 +1,418 @@
+"""The VQ-GAN: reference codes and pixels, checkpoints of both kinds, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from worldvla_tokenizers import vqgan as module
+from worldvla_tokenizers.vqgan import VQGAN, CheckpointError, PixelError, VQGANConfig, nearest_codes
+
+PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published"
+TOKENIZER = PUBLISHED / "tokenizer"
+SMALL = VQGANConfig(ch=32, ch_mult=(1, 1, 1), z_channels=8, embed_dim=4, n_embed=32, num_res_blocks=1)
+
+
+@cache
+def published() -> VQGAN:
+    return VQGAN.from_pretrained(TOKENIZER)
+
+
+@cache
+def small() -> VQGAN:
+    torch.manual_seed(0)
+    model = VQGAN(SMALL).eval()
+    with torch.no_grad():  # entries spread over what the encoder answers, so that codes differ
+        z = model.quant_conv(model.encoder(torch.rand(2, 3, 16, 16) * 2 - 1))
+        model.quantize.embedding.weight.copy_(z.permute(0, 2, 3, 1).reshape(-1, 4))
+    return model
+
+
+def pixels_of(name: str) -> torch.Tensor:
+    array = np.array(Image.open(PUBLISHED / "frames" / f"{name}.png").convert("RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+
+
+def published_copy(folder: Path, **extra: object) -> Path:
+    """The published pair of files, with `extra` entries beside the state dict."""
+    (folder / "vqgan.yaml").write_bytes((TOKENIZER / "vqgan.yaml").read_bytes())
+    content = torch.load(TOKENIZER / "vqgan.ckpt", weights_only=True)
+    torch.save(content | extra, folder / "vqgan.ckpt")
+    return folder
+
+
+# --- reference answers ------------------------------------------------------------------------------------------
+
+
+def test_codes_of_real_frames_are_the_published_ones():
+    reference = json.loads((PUBLISHED / "image_codes.json").read_text())
+    assert reference
+    for name, codes in reference.items():
+        assert published().encode(pixels_of(name)).flatten().tolist() == codes, name
+
+
+def test_decoded_pixels_are_the_published_ones_within_a_level():
+    codes = json.loads((PUBLISHED / "image_codes.json").read_text())["libero_goal_0_0"]
+    pixels = published().decode(torch.tensor(codes).view(1, 16, 16)).clamp(-1, 1)
+    levels = ((pixels + 1) / 2 * 255).to(torch.uint8)[0].permute(1, 2, 0).numpy().astype(int)
+    expected = np.asarray(Image.open(PUBLISHED / "decoded_libero_goal_0_0.png").convert("RGB")).astype(int)
+    assert abs(levels - expected).max() <= 1
+    assert (levels != expected).mean() < 1e-3
+
+
+def test_published_topology_is_the_default():
+    config = VQGANConfig.from_yaml(TOKENIZER / "vqgan.yaml")
+    assert dataclasses.replace(config, ch=128, z_channels=256, embed_dim=256) == VQGANConfig()
+    assert config.factor == 16
+
+
+# --- codes and pixels -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 4), (12, 20)])
+def test_any_size_that_is_a_multiple_of_the_factor(height, width):
+    pixels = torch.rand(3, 3, height, width) * 2 - 1
+    codes = small().encode(pixels)
+    assert codes.dtype == torch.int64
+    assert codes.shape == (3, height // 4, width // 4)
+    decoded = small().decode(codes)
+    assert decoded.shape == pixels.shape
+    assert decoded.dtype == torch.float32
+    assert not decoded.requires_grad
+
+
+def test_chunks_do_not_change_the_codes():
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    codes = small().encode(pixels)
+    assert len(codes.unique()) > 5
+    for positions in (1, 5, 32, 1_000):
+        assert torch.equal(small().encode(pixels, positions_per_chunk=positions), codes)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(1, 40),
+    entries=st.integers(1, 20),
+    chunk=st.integers(1, 50),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_nearest_code_is_that_of_a_slow_search(seed, n, entries, chunk, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    # Small whole numbers: every distance is exact, and ties are common.
+    vectors = torch.randint(-3, 4, (n, 3), generator=generator).to(dtype)
+    codebook = torch.randint(-3, 4, (entries, 3), generator=generator).to(dtype)
+    distances = ((vectors.double()[:, None] - codebook.double()[None]) ** 2).sum(-1).numpy()
+    assert nearest_codes(vectors, codebook, chunk).tolist() == distances.argmin(axis=1).tolist()
+
+
+def test_distances_stay_in_fp32_under_autocast():
+    vectors = torch.full((1, 1), 100.0)
+    codebook = torch.tensor([[100.25], [100.0]])  # one bf16 step apart is 0.5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert nearest_codes(vectors, codebook, 1).tolist() == [1]
+
+
+def test_bf16_gives_codes_close_to_those_of_fp32():
+    pixels = pixels_of("libero_goal_0_0")
+    half = VQGAN.from_pretrained(TOKENIZER, dtype=torch.bfloat16)
+    codes = half.encode(pixels)
+    assert half.dtype == torch.bfloat16
+    assert (codes == published().encode(pixels)).float().mean() > 0.5
+    assert half.decode(codes).dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_codes_on_the_gpu():
+    pixels = torch.cat([pixels_of("libero_goal_0_0"), pixels_of("libero_goal_8_0")])
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        model = VQGAN.from_pretrained(TOKENIZER, device="cuda")
+        codes = model.encode(pixels)
+        decoded = model.decode(codes)
+    assert codes.device.type == "cuda"
+    assert torch.equal(codes.cpu(), published().encode(pixels))
+    assert torch.allclose(decoded.cpu(), published().decode(codes.cpu()), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(3, 8, 8), r"shape \(3, 8, 8\); \(B, 3, H, W\) needed"),
+        (torch.zeros(1, 4, 8, 8), r"\(B, 3, H, W\) needed"),
+        (torch.zeros(0, 3, 8, 8), r"shape \(0, 3, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "torch.uint8"),
+        (torch.zeros(1, 3, 8, 10), "10 x 8 px; both must be multiples of 4"),
+        (torch.full((1, 3, 8, 8), float("nan")), "NaN"),
+        (torch.full((1, 3, 8, 8), float("inf")), "infinite"),
+    ],
+)
+def test_bad_pixels(pixels, message):
+    with pytest.raises(PixelError, match=message):
+        small().encode(pixels)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.tensor([[[0, 32]]]), "from 0 to 32; allowed: 0 … 31"),
+        (torch.tensor([[[-1, 3]]]), "from -1 to 3"),
+        (torch.tensor([[0, 1]]), r"shape \(1, 2\)"),
+        (torch.tensor([[[0.0]]]), "torch.float32"),
+        (torch.zeros(1, 0, 2, dtype=torch.int64), r"shape \(1, 0, 2\)"),
+    ],
+)
+def test_bad_codes(codes, message):
+    with pytest.raises(PixelError, match=message):
+        small().decode(codes)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def test_construction_is_quiet_and_loading_leaves_the_random_numbers_alone(capsys):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    model = VQGAN.from_pretrained(TOKENIZER)
+    assert torch.equal(torch.rand(3), expected)
+    assert not model.training
+    assert capsys.readouterr() == ("", "")
+
+
+def test_ours_is_bit_equal_to_the_published(tmp_path):
+    published().save_pretrained(tmp_path / "ours")
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "worldvla-vqgan"
+    loaded = VQGAN.from_pretrained(tmp_path / "ours")
+    assert loaded.config == published().config
+    raw = torch.load(TOKENIZER / "vqgan.ckpt", weights_only=True)["state_dict"]
+    assert loaded.state_dict().keys() == raw.keys()
+    assert all(torch.equal(tensor, raw[name].float()) for name, tensor in loaded.state_dict().items())
+
+
+def test_from_the_hub_cache_with_revision_and_subfolder(tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "models--lab--robot"
+    snapshot = repository / "snapshots" / ("c" * 40) / "model_256" / "goal"
+    small().save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v2").write_text("c" * 40)
+    options = {"revision": "v2", "subfolder": "model_256/goal", "cache_dir": tmp_path / "hub"}
+    loaded = VQGAN.from_pretrained("lab/robot", local_files_only=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), small().parameters(), strict=True))
+
+
+def test_the_config_of_a_language_model_beside_it_is_passed_over(tmp_path):
+    published_copy(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "chameleon"}')
+    assert VQGAN.from_pretrained(tmp_path).config == published().config
+    (tmp_path / "vqgan.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"worldvla-vqgan.*vqgan\.yaml"):
+        VQGAN.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_any_vqgan(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json or vqgan\.yaml"):
+        VQGAN.from_pretrained(tmp_path)
+
+
+def test_failed_save_leaves_no_half(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "write_text_atomic", full)
+    with pytest.raises(OSError, match="disk full"):
+        small().save_pretrained(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_push_to_hub_uploads_what_is_saved(monkeypatch):
+    calls = []
+
+    def create_repo(self, repo_id, **options):
+        calls.append(("create_repo", self.token, repo_id, options))
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        files = {path.name for path in Path(folder_path).iterdir()}
+        loaded = VQGAN.from_pretrained(folder_path)
+        calls.append(("upload_folder", repo_id, files, loaded.config, options))
+        return argparse.Namespace(commit_url="https://huggingface.co/lab/vqgan/commit/1")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_branch", lambda self, repo_id, **o: calls.append(("create_branch", o))
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    url = small().push_to_hub("lab/vqgan", private=True, token="t", revision="v2", commit_message="First")
+    assert url.endswith("/commit/1")
+    options = {"revision": "v2", "commit_message": "First", "create_pr": False}
+    assert calls == [
+        ("create_repo", "t", "lab/vqgan", {"private": True, "exist_ok": True}),
+        ("create_branch", {"branch": "v2", "exist_ok": True}),
+        ("upload_folder", "lab/vqgan", {"config.json", "model.safetensors"}, SMALL, options),
+    ]
+
+
+def test_weights_of_the_discriminator_are_dropped(tmp_path):
+    state = torch.load(TOKENIZER / "vqgan.ckpt", weights_only=True)["state_dict"]
+    state["loss.discriminator.main.0.weight"] = torch.zeros(2)
+    state["loss.perceptual_loss.lin0.model.1.weight"] = torch.zeros(2)
+    published_copy(tmp_path, state_dict=state, global_step=3, epoch=1)
+    assert VQGAN.from_pretrained(tmp_path).state_dict().keys() == published().state_dict().keys()
+
+
+def test_wrong_tensors_are_all_listed(tmp_path):
+    state = torch.load(TOKENIZER / "vqgan.ckpt", weights_only=True)["state_dict"]
+    del state["quant_conv.bias"], state["decoder.conv_in.weight"]
+    state["temporal.weight"] = torch.zeros(1)
+    state["quantize.embedding.weight"] = torch.zeros(4, 32)
+    published_copy(tmp_path, state_dict=state)
+    with pytest.raises(CheckpointError) as caught:
+        VQGAN.from_pretrained(tmp_path)
+    for part in (
+        str(tmp_path / "vqgan.ckpt"),
+        "missing: decoder.conv_in.weight; missing: quant_conv.bias",
+        "unexpected: temporal.weight",
+        "quantize.embedding.weight is [4, 32], should be [8192, 32]",
+    ):
+        assert part in str(caught.value)
+
+
+def test_our_own_files_are_checked_as_strictly(tmp_path):
+    small().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["loss.extra"] = tensors.pop("quant_conv.bias")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: quant_conv\.bias; unexpected: loss\.extra"):
+        VQGAN.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="no safetensors"):
+        VQGAN.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        VQGAN.from_pretrained(tmp_path)
+
+
+class _Attack:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_pickle_that_would_run_code_is_refused_without_running_it(tmp_path):
+    published_copy(tmp_path, callbacks=_Attack(tmp_path / "pwned"))
+    with pytest.raises(CheckpointError) as caught:
+        VQGAN.from_pretrained(tmp_path)
+    message = str(caught.value)
+    assert not (tmp_path / "pwned").exists()
+    assert str(tmp_path / "vqgan.ckpt") in message
+    assert f"{os.mkdir.__module__}.mkdir" in message
+    assert f"VQGAN.from_published({str(tmp_path)!r}, trust_pickle=True).save_pretrained(out)" in message
+    assert f"worldvla convert {tmp_path} OUT --trust-pickle" in message
+
+
+def test_a_trusted_pickle_converts(tmp_path):
+    published_copy(tmp_path, hyper_parameters=argparse.Namespace(lr=4.5e-6))
+    with pytest.raises(CheckpointError, match=r"argparse\.Namespace"):
+        VQGAN.from_published(tmp_path)
+    VQGAN.from_published(tmp_path, trust_pickle=True).save_pretrained(tmp_path / "ours")
+    loaded = VQGAN.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), published().parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": {}}, "no 'state_dict'"),
+        ([torch.zeros(1)], "no 'state_dict'"),
+        ({"state_dict": {"quant_conv.bias": 3}}, r"no tensors: quant_conv\.bias"),
+    ],
+)
+def test_checkpoints_of_another_kind(tmp_path, content, message):
+    published_copy(tmp_path)
+    torch.save(content, tmp_path / "vqgan.ckpt")
+    with pytest.raises(CheckpointError, match=message):
+        VQGAN.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 100_000])
+def test_truncated_checkpoint(tmp_path, keep):
+    published_copy(tmp_path)
+    path = tmp_path / "vqgan.ckpt"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"vqgan\.ckpt"):
+        VQGAN.from_pretrained(tmp_path)
+
+
+# --- configurations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("ddconfig.kernel", 3, "unknown fields: kernel"),
+        ("remap", "codes.npy", "unknown fields: remap"),
+        ("n_embed", None, "n_embed is None"),
+        ("ddconfig.ch", 48, "ch is 48; a multiple of 32"),
+        ("ddconfig.ch", "32", "ch is '32'"),
+        ("ddconfig.ch_mult", 2, "ch_mult is 2; a list"),
+        ("ddconfig.ch_mult", [], "ch_mult is empty"),
+        ("ddconfig.ch_mult", [1, 0], "ch_mult is 0"),
+        ("ddconfig.dropout", 1.0, "dropout is 1.0"),
+        ("ddconfig.dropout", "no", "dropout is 'no'"),
+        ("ddconfig.double_z", True, "double_z is True"),
+        ("ddconfig", None, r"no 'model\.params\.ddconfig'"),
+    ],
+)
+def test_bad_yaml_fields(tmp_path, path, value, message):
+    published_copy(tmp_path)
+    content = yaml.safe_load((tmp_path / "vqgan.yaml").read_text())
+    *parents, name = path.split(".")
+    fields = content["model"]["params"]
+    for parent in parents:
+        fields = fields[parent]
+    fields[name] = value
+    (tmp_path / "vqgan.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        VQGAN.from_pretrained(tmp_path)
+    assert "vqgan.yaml" in str(caught.value)
+
+
+def test_missing_yaml_fields_are_all_listed(tmp_path):
+    published_copy(tmp_path)
+    content = yaml.safe_load((tmp_path / "vqgan.yaml").read_text())
+    del content["model"]["params"]["n_embed"], content["model"]["params"]["ddconfig"]["ch"]
+    (tmp_path / "vqgan.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(CheckpointError, match="missing fields: ch, n_embed; unknown fields: none"):
+        VQGAN.from_pretrained(tmp_path)
+
+
+def test_yaml_that_would_run_code(tmp_path):
+    published_copy(tmp_path)
+    (tmp_path / "vqgan.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{tmp_path}/pwned']\n")
+    with pytest.raises(CheckpointError, match="no plain YAML"):
+        VQGAN.from_pretrained(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "worldvla-vqgan", "ch": 32}'])
+def test_bad_config_json(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        VQGAN.from_pretrained(tmp_path)
