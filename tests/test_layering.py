@@ -149,8 +149,7 @@ def test_no_address_of_a_package_index():
 @needs_git
 def test_committed_lock_has_no_address():
     held = _git("show", ":uv.lock").decode()
-    addresses = set(re.findall(r"[a-z][a-z0-9+.-]*://[^\s\"']*", held))
-    assert addresses == {"https://index.invalid/simple"}, (
-        "mend it with `python tools/lock.py`, then git add uv.lock"
-    )
+    others = set(re.findall(r"[a-z][a-z0-9+.-]*://[^\s\"']*", held)) - {"https://index.invalid/simple"}
+    if others:
+        pytest.fail(f"{len(others)} addresses, such as {min(others)}; mend it with `python tools/lock.py`")
     assert "[manifest]" not in held, "uv would take the file for a complete one, placeholder and all"

@@ -1,10 +1,14 @@
-"""One simulator for the whole package: building a scene takes seconds."""
+"""One simulator for all tests: building a scene takes seconds."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
 from worldvla_libero.simulator import Simulator
 from worldvla_libero.suites import load_suite
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does: torch and the renderer share the cores
 
 
 @pytest.fixture(scope="session")

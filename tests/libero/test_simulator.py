@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from worldvla_libero.simulator import (
     NO_MOTION,
     InvalidActionError,

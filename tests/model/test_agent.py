@@ -1,10 +1,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 
 from worldvla_model import Sampling, SequenceLengthError, WorldVLA
@@ -122,6 +125,29 @@ else:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_push_to_hub_uploads_the_whole_folder(agent, monkeypatch):
+    uploads = []
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, **options):
+        names = {path.name for path in Path(folder_path).iterdir()}
+        uploads.append((self.token, repo_id, commit_message, names, (Path(folder_path) / "README.md").read_text()))
+        return SimpleNamespace(commit_url="https://huggingface.co/lab/robot/commit/1")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert agent.push_to_hub("lab/robot", token="t").endswith("/commit/1")
+    ((token, repo_id, message, names, card),) = uploads
+    assert (token, repo_id, message) == ("t", "lab/robot", "Upload WorldVLA")
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "image_tokenizer",
+        "processor_config.json",
+    }
+    assert 'WorldVLA.from_pretrained("lab/robot")' in card
 
 
 def test_a_model_that_leaves_the_grammar(published, agent):

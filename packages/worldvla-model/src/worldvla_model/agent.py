@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from worldvla_model.decoding import GREEDY, Decoder, Sampling, continue_freely, 
 from worldvla_model.modeling_worldvla import WorldVLAForConditionalGeneration
 from worldvla_model.processing_worldvla import WorldVLAProcessor
 from worldvla_tokenizers import ActionTokenizer, sequence
-from worldvla_tokenizers._files import write_text_atomic
+from worldvla_tokenizers._files import PushOptions, push_folder, staged_folder, write_text_atomic
+
+CARD_NAME = "README.md"
 
 WORLD_ATTENTION = "causal"
 """World samples are plainly causal (paper, Fig. 3c)."""
@@ -195,15 +197,28 @@ class WorldVLA:
             name: what the card calls the model; default the name of the folder. An existing card is kept.
         """
         folder = Path(save_directory)
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        if not (folder / "README.md").exists():
-            write_text_atomic(folder / "README.md", self._card(name or folder.absolute().name))
+        with staged_folder(folder) as stage:
+            self.model.save_pretrained(stage)
+            self.processor.save_pretrained(stage)
+            if not (folder / CARD_NAME).exists():
+                write_text_atomic(stage / CARD_NAME, self._card(name or folder.absolute().name))
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> None:
-        """Upload model and processor to a Hub repository; options as in transformers' `push_to_hub`."""
-        self.model.push_to_hub(repo_id, **options)
-        self.processor.push_to_hub(repo_id, **options)
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Upload what `save_pretrained` writes, model card included, to a Hub repository in one commit.
+
+        Args:
+            repo_id: `organisation/name`; made if it does not exist.
+            options: `private`, `token`, `revision`, `commit_message`, `create_pr`.
+
+        Returns:
+            The address of the commit.
+        """
+
+        def save(folder: str) -> None:
+            self.save_pretrained(folder, name=repo_id)
+
+        options.setdefault("commit_message", "Upload WorldVLA")
+        return push_folder(save, repo_id, **options)
 
     def _card(self, name: str) -> str:
         config, settings = self.model.config, self.processor.settings

@@ -6,15 +6,21 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from transformers.utils import PushToHubMixin
 
 from worldvla_tokenizers import ActionTokenizer, ImageTokenizer, TextTokenizer, Vocabulary, sequence
-from worldvla_tokenizers._files import HubOptions, PretrainedFilesError, resolve_files, write_text_atomic
+from worldvla_tokenizers._files import (
+    HubOptions,
+    PretrainedFilesError,
+    PushOptions,
+    push_folder,
+    resolve_files,
+    staged_folder,
+    write_text_atomic,
+)
 from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
 
 FILE_NAME = "processor_config.json"
@@ -60,7 +66,7 @@ class ProcessorSettings:
             raise ValueError(f"labels is {self.labels!r}; allowed: 'published', 'paper'")
 
 
-class WorldVLAProcessor(PushToHubMixin):
+class WorldVLAProcessor:
     """Turns words, images and actions into ids, and ids back.
 
     Args:
@@ -190,22 +196,19 @@ class WorldVLAProcessor(PushToHubMixin):
             raise sequence.SequenceError(f"{len(ids)} generated ids: image blocks expected, found none")
         return [self.images.decode(frame[None])[0] for frame in codes]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **push: Any) -> None:
-        """Write tokenizers and settings into a folder; `from_pretrained` brings them back.
-
-        Args:
-            save_directory: the folder, made if need be.
-            push: `push_to_hub=True` and arguments of transformers' `push_to_hub`.
-        """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.text.save_pretrained(folder)
-        self.images.save_pretrained(folder / IMAGE_TOKENIZER_FOLDER)
-        self.actions.save_pretrained(folder)
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write tokenizers and settings into a folder, made if need be; `from_pretrained` brings them back."""
         content = {"processor_class": type(self).__name__, **asdict(self.settings)}
-        write_text_atomic(folder / FILE_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        if push.pop("push_to_hub", False):
-            self.push_to_hub(push.pop("repo_id", folder.name), **push)
+        with staged_folder(save_directory) as stage:
+            self.text.save_pretrained(stage)
+            self.images.save_pretrained(stage / IMAGE_TOKENIZER_FOLDER)
+            self.actions.save_pretrained(stage)
+            write_text_atomic(stage / FILE_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Upload what `save_pretrained` writes to a Hub repository; `WorldVLA.push_to_hub` adds the model."""
+        options.setdefault("commit_message", "Upload processor")
+        return push_folder(self.save_pretrained, repo_id, **options)
 
     @classmethod
     def from_pretrained(

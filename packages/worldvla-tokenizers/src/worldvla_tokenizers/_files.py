@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
@@ -23,6 +24,16 @@ class HubOptions(TypedDict, total=False):
     cache_dir: str | os.PathLike[str] | None
     token: str | bool | None
     local_files_only: bool
+
+
+class PushOptions(TypedDict, total=False):
+    """Keyword arguments of `push_folder` that every `push_to_hub` passes on."""
+
+    private: bool | None
+    token: str | bool | None
+    revision: str | None
+    commit_message: str
+    create_pr: bool
 
 
 class PretrainedFilesError(FileNotFoundError):
@@ -150,12 +161,56 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield stage
         if folder.is_dir():
-            for file in sorted(stage.iterdir()):
-                os.replace(file, folder / file.name)
+            for file in sorted(path for path in stage.rglob("*") if path.is_file()):
+                target = folder / file.relative_to(stage)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
         else:
             os.rename(stage, folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def push_folder(
+    save: Callable[[str], None],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload",
+    create_pr: bool = False,
+) -> str:
+    """Upload to the Hugging Face Hub, in one commit, what `save` writes into a folder.
+
+    Args:
+        save: writes all files into the folder it is given.
+        repo_id: `organisation/name`; made if it does not exist.
+        private: whether a new repository is private (default: as the organisation has it).
+        token: access token, or True or None for the stored one.
+        revision: branch to commit to, made if it does not exist (default: main).
+        commit_message: first line of the commit.
+        create_pr: open a pull request instead of committing.
+
+    Returns:
+        The address of the commit.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)  # first, so that a failure leaves no empty repository
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    return commit.commit_url
 
 
 def _require(

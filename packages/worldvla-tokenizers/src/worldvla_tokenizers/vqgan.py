@@ -8,7 +8,6 @@ import io
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 from worldvla_tokenizers._files import (
     HubOptions,
     PretrainedFilesError,
+    PushOptions,
+    push_folder,
     resolve_files,
     staged_folder,
     write_text_atomic,
@@ -315,45 +316,18 @@ class VQGAN(nn.Module):
             save_file(tensors, stage / WEIGHTS_NAME, metadata={"format": "pt"})
             write_text_atomic(stage / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload VQ-GAN",
-        create_pr: bool = False,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
         """Upload what `save_pretrained` writes to the Hugging Face Hub.
 
         Args:
             repo_id: `organisation/name`; made if it does not exist.
-            private: whether a new repository is private (default: as the organisation has it).
-            token: access token, or True or None for the stored one.
-            revision: branch to commit to, made if it does not exist (default: main).
-            commit_message: first line of the commit.
-            create_pr: open a pull request instead of committing.
+            options: `private`, `token`, `revision`, `commit_message`, `create_pr`.
 
         Returns:
             The address of the commit.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
-        return commit.commit_url
+        options.setdefault("commit_message", "Upload VQ-GAN")
+        return push_folder(self.save_pretrained, repo_id, **options)
 
     @classmethod
     def _with_weights(

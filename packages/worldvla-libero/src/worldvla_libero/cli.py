@@ -1,0 +1,353 @@
+"""The `worldvla` command: arguments in, exit code out. What takes long to import is imported by the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from worldvla_libero import default_model_path
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from worldvla_libero.demo import DemoModel
+    from worldvla_libero.evaluation import EpisodeRecord, EvaluationResult
+
+DEBUG_VARIABLE = "WORLDVLA_DEBUG"
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+
+class MissingModelError(FileNotFoundError):
+    """The model that comes with the package is not there."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how to load it.
+
+    Attributes:
+        model: Folder or Hub repository; by default the model that comes with the package.
+        tokenizers: Folder or Hub repository of the tokenizers, where they are not with the model.
+        image_size: Size in pixels at which images are tokenized, where not as saved.
+        device: Such as cuda or cpu; by default a GPU if there is one.
+        dtype: Such as bfloat16; by default as stored.
+        revision: Branch, tag or commit on the Hub.
+        subfolder: Folder inside the repository, such as model_256/libero_goal.
+    """
+
+    model: str | None = None
+    tokenizers: str | None = None
+    image_size: int | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    revision: str | None = None
+    subfolder: str | None = None
+
+
+Flat = tyro.conf.OmitArgPrefixes
+
+
+def demo(
+    out: Path = Path("worldvla-demo"),
+    suite: str = "libero_goal",
+    task: str = "0",
+    steps: int = 30,
+    model: Annotated[ModelOptions, Flat] = ModelOptions(),
+) -> int:
+    """Let a model drive one real LIBERO task and imagine the frames to come; write a picture and a video.
+
+    Args:
+        out: Folder for demo.png, demo.mp4 and demo.json.
+        suite: Suite of the task.
+        task: Index, name or instruction of the task.
+        steps: Control steps to drive, at 20 a second.
+        model: Which model, and how to load it.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from worldvla_libero.demo import FIGURE_FILE, NUMBERS_FILE, VIDEO_FILE, run_demo
+    from worldvla_libero.suites import load_suite
+
+    chosen = load_suite(suite).task(task)
+    console = _console()
+    with Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    ) as bars:
+        loading = bars.add_task("loading", total=1)
+        loaded = _load_model(model)
+        bars.update(loading, completed=1)
+        phases: dict[str, Any] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in phases:
+                phases[phase] = bars.add_task(phase)
+            bars.update(phases[phase], completed=done, total=total)
+
+        numbers = run_demo(loaded, chosen, out, steps=steps, progress=show)
+    told = "reached the goal" if numbers["success"] else "did not reach the goal"
+    console.print(f"{loaded.name} {told} of “{chosen.language}” in {numbers['steps']} steps.", highlight=False)
+    for name, content in (
+        (FIGURE_FILE, "true and imagined frames, actions"),
+        (VIDEO_FILE, "true next frame beside the imagined one"),
+        (NUMBERS_FILE, "actions, PSNR, seconds, versions"),
+    ):
+        console.print(f"  {out / name}  [dim]{content}[/dim]", highlight=False)
+    return EXIT_OK
+
+
+def evaluate(
+    suite: str,
+    out: Path,
+    tasks: tuple[str, ...] = (),
+    episodes: int | None = None,
+    protocol: str = "openvla",
+    max_steps: int | None = None,
+    render_size: int | None = None,
+    num_actions: int | None = None,
+    video_stride: int = 1,
+    published_instructions: bool = False,
+    strict: bool = False,
+    model: Annotated[ModelOptions, Flat] = ModelOptions(),
+) -> int:
+    """Run episodes of a suite and count successes. Exits with 1 if the policy raised in any episode.
+
+    Args:
+        suite: Suite, such as libero_goal.
+        out: Folder for episodes.jsonl, results.json and videos; must not hold an evaluation yet.
+        tasks: Indices, names or instructions; by default all of the suite.
+        episodes: Per task; by default the protocol's.
+        protocol: openvla (as in the paper) or lerobot: step limits, seeds, image size.
+        max_steps: Step limit, in place of the protocol's.
+        render_size: Size in pixels of the camera image, in place of the protocol's.
+        num_actions: Length of the action chunks, in place of the model's.
+        video_stride: Record every n-th simulator step; 0 for no videos.
+        published_instructions: Give the instructions that published LIBERO-10 weights were trained on.
+        strict: Stop at the first episode in which the policy raises.
+        model: Which model, and how to load it.
+    """
+    from worldvla_libero.evaluation import RESULTS_FILE
+    from worldvla_libero.evaluation import evaluate as run_evaluation
+    from worldvla_libero.rollout import ModelPolicy
+    from worldvla_libero.suites import find_protocol, load_suite
+
+    found = load_suite(suite)
+    chosen = [found.task(key) for key in tasks] or list(found.tasks)
+    preset = find_protocol(protocol)
+    if max_steps is not None:
+        preset = replace(preset, max_steps={**preset.max_steps, found.name: max_steps})
+    if render_size is not None:
+        preset = replace(preset, image_size=render_size)
+    console = _console()
+    loaded = _load_model(model)
+    total = len(chosen) * (preset.episodes_per_task if episodes is None else episodes)
+    done: list[EpisodeRecord] = []
+
+    def show(record: EpisodeRecord) -> None:
+        done.append(record)
+        colour = {"success": "green", "failure": "yellow", "error": "red"}[record.outcome]
+        console.print(
+            f"[dim]{len(done)}/{total}[/dim] [{colour}]{record.outcome}[/{colour}] {record.suite}/{record.task} "
+            f"episode {record.episode}: {record.steps} steps, {record.seconds:.1f} s",
+            highlight=False,
+        )
+        if record.error:
+            console.print(f"  {record.error['type']}: {record.error['message']}", style="red", markup=False)
+
+    result = run_evaluation(
+        ModelPolicy(loaded.agent, num_actions=num_actions),
+        chosen,
+        out,
+        protocol=preset,
+        episodes=episodes,
+        policy_name=loaded.name,
+        video_stride=video_stride,
+        published_instructions=published_instructions,
+        strict=strict,
+        on_episode=show,
+    )
+    _print_rates(console, result)
+    console.print(f"records and videos: {out / RESULTS_FILE}", highlight=False)
+    return EXIT_FAILED if result.overall.errors else EXIT_OK
+
+
+def convert(
+    source: tyro.conf.Positional[Path],
+    target: tyro.conf.Positional[Path],
+    to: Literal["ours", "published"] = "ours",
+    tokenizers: Path | None = None,
+    trust_pickle: bool = False,
+) -> int:
+    """Convert checkpoints of the paper's authors to our layout, or back, or their tokenizers alone.
+
+    Args:
+        source: Folder with a checkpoint; or with vqgan.yaml, vqgan.ckpt and tokenizer.json alone.
+        target: Folder to make.
+        to: Layout to write.
+        tokenizers: Folder with vqgan.yaml, vqgan.ckpt and tokenizer.json, to put into the target as well, so that
+            it can be used alone.
+        trust_pickle: Unpickle a vqgan.ckpt that holds more than tensors. This runs whatever code is in it.
+    """
+    from worldvla_model import WorldVLAProcessor, published
+    from worldvla_tokenizers import VQGAN, ActionTokenizer, ImageTokenizer, TextTokenizer
+
+    if to == "published" and (tokenizers or trust_pickle):
+        raise ValueError("--tokenizers and --trust-pickle do not go with --to published: it writes weights only")
+    if to == "published":
+        published.to_published(source, target)
+    elif not (source / "config.json").is_file() and (source / "vqgan.yaml").is_file():
+        if target.exists():
+            raise FileExistsError(f"{target} exists; choose another target or delete it")
+        text = TextTokenizer.from_pretrained(source)
+        VQGAN.from_published(source, trust_pickle=trust_pickle).save_pretrained(target)
+        text.save_pretrained(target)
+    else:
+        processor = None
+        if tokenizers is not None:  # loaded first, so that a wrong one leaves no half target
+            processor = WorldVLAProcessor(
+                TextTokenizer.from_pretrained(tokenizers),
+                ImageTokenizer(VQGAN.from_published(tokenizers, trust_pickle=trust_pickle)),
+                ActionTokenizer.published(),
+            )
+        published.to_ours(source, target)
+        if processor is not None:
+            processor.save_pretrained(target)
+    _console().print(f"wrote {target}", highlight=False)
+    return EXIT_OK
+
+
+def doctor() -> int:
+    """Say what is installed, where weights and data are looked for, what is missing and how to get it.
+
+    Exits with 0 if the demo can run.
+    """
+    from rich.text import Text
+
+    from worldvla_libero.doctor import examine
+
+    console = _console()
+    signs = {"ok": ("✓", "green"), "note": ("!", "yellow"), "missing": ("✗", "red")}
+    complete = True
+    for finding in examine():
+        complete &= finding.level != "missing"
+        sign, colour = signs[finding.level]
+        console.print(
+            Text.assemble((f"{sign} ", colour), (f"{finding.subject}: ", "bold"), finding.detail), soft_wrap=True
+        )
+        if finding.remedy:
+            console.print(Text(f"    → {finding.remedy}", style=colour), soft_wrap=True)
+    console.print("\n`worldvla demo` can run." if complete else "\n`worldvla demo` cannot run yet; see ✗ above.")
+    return EXIT_OK if complete else EXIT_FAILED
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "demo": demo,
+    "evaluate": evaluate,
+    "convert": convert,
+    "doctor": doctor,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Errors that name what is wrong become one line and an exit code: 2 where the arguments are to blame, 1
+    otherwise. With `--debug`, or WORLDVLA_DEBUG set, and for errors nobody foresaw, the traceback is shown.
+
+    Args:
+        arguments: default those of the process.
+    """
+    from worldvla_libero.rendering import prepare_process
+
+    prepare_process()
+    # Waiting threads of torch spin by default: with a software renderer or a second process on the same cores,
+    # small models are then ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or bool(os.environ.get(DEBUG_VARIABLE))
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="worldvla",
+            description="A model that acts and imagines, on LIBERO. Every command takes --debug for tracebacks.",
+            args=given,
+        )
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if debug:
+            raise
+        from rich.text import Text
+
+        line = Text.assemble((f"{type(error).__name__}: ", "bold red"), " ".join(str(error).split()))
+        _console(stderr=True).print(line, soft_wrap=True)
+        return EXIT_USAGE if isinstance(error, ValueError | FileNotFoundError | FileExistsError) else EXIT_FAILED
+
+
+def _load_model(options: ModelOptions) -> DemoModel:
+    from transformers.utils import logging
+
+    from worldvla_libero.demo import DemoModel, is_stand_in
+    from worldvla_model import WorldVLA
+
+    logging.disable_progress_bar()  # ours is on screen
+    if options.model is None and not (default_model_path() / "config.json").is_file():
+        raise MissingModelError(
+            f"no default model in {default_model_path()}; remedy: reinstall worldvla-libero, or pass --model"
+        )
+    place = default_model_path() if options.model is None else options.model
+    agent = WorldVLA.from_pretrained(
+        place,
+        tokenizers=options.tokenizers,
+        image_size=options.image_size,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        subfolder=options.subfolder,
+    )
+    name = "the default model" if options.model is None else options.model
+    return DemoModel(agent, name, is_stand_in(Path(place)))
+
+
+def _print_rates(console: Console, result: EvaluationResult) -> None:
+    from rich.table import Table
+
+    from worldvla_libero.evaluation import SuccessRate
+
+    table = Table(
+        "task", "instruction", "success", "95 % interval", "errors", title=f"protocol {result.protocol.name}"
+    )
+    for column in table.columns[2:]:
+        column.justify = "right"
+
+    def row(task: str, instruction: str, rate: SuccessRate) -> None:
+        low, high = rate.interval()
+        share = "-" if rate.rate is None else f"{100 * rate.rate:.1f} % ({rate.successes}/{rate.episodes})"
+        errors = f"[red]{rate.errors}[/red]" if rate.errors else "0"
+        table.add_row(task, instruction, share, f"{100 * low:.1f} … {100 * high:.1f}", errors)
+
+    instructions = {(r.suite, r.task): r.instruction for r in result.records}
+    for (suite, task), rate in result.by_task.items():
+        row(f"{suite}/{task}", instructions[suite, task], rate)
+    table.add_section()
+    row("all", "", result.overall)
+    console.print(table)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

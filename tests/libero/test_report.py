@@ -1,0 +1,115 @@
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from worldvla_libero.report import FrameError, ImaginedFrame, VideoWriter, save_demo_figure, side_by_side
+
+
+def _ramp(i: int, height: int = 64, width: int = 96) -> np.ndarray:
+    frame = np.zeros((height, width, 3), np.uint8)
+    frame[:, :, 0] = np.linspace(0, 255, width)
+    frame[:, :, 1] = 40 * i
+    return frame
+
+
+def _decode(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        return stream, frames
+
+
+def test_video_comes_back(tmp_path):
+    path = tmp_path / "videos" / "rollout.mp4"
+    with VideoWriter(path, fps=20) as video:
+        for i in range(5):
+            video.write(_ramp(i))
+        assert not path.exists()  # only whole
+    stream, frames = _decode(path)
+    assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == (
+        "h264",
+        "yuv420p",
+        20,
+    )
+    assert len(frames) == 5
+    for i, frame in enumerate(frames):
+        assert np.abs(frame.astype(int) - _ramp(i)).mean() < 4  # lossy, but this frame and no other
+    assert [file.name for file in path.parent.iterdir()] == ["rollout.mp4"]
+
+
+def test_odd_sizes_gain_a_row_and_fractions_of_frames_a_second_are_kept(tmp_path):
+    with VideoWriter(tmp_path / "odd.mp4", fps=20 / 3) as video:
+        video.write(_ramp(1, 63, 95))
+    stream, frames = _decode(tmp_path / "odd.mp4")
+    assert frames[0].shape == (64, 96, 3)
+    assert stream.average_rate == pytest.approx(20 / 3)
+
+
+def test_half_a_video_does_not_stay(tmp_path):
+    def interrupted():
+        with VideoWriter(tmp_path / "half.mp4", fps=20) as video:
+            video.write(_ramp(0))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    with VideoWriter(tmp_path / "empty.mp4", fps=20):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("frame", [_ramp(0).astype(np.float32), _ramp(0)[..., 0], _ramp(0)[:0], _ramp(0, 32, 32)])
+def test_frames_that_do_not_fit_are_refused(tmp_path, frame):
+    with VideoWriter(tmp_path / "v.mp4", fps=20) as video:
+        video.write(_ramp(0))
+        with pytest.raises(FrameError, match="frame has shape"):
+            video.write(frame)
+    assert len(_decode(tmp_path / "v.mp4")[1]) == 1
+
+
+def test_images_stand_side_by_side_at_one_height():
+    canvas = side_by_side({"left": _ramp(0, 64, 64), "right": _ramp(5, 32, 32)}, gap=4, strip=20)
+    assert canvas.shape == (84, 132, 3)
+    np.testing.assert_array_equal(canvas[20:, :64], _ramp(0, 64, 64))
+    np.testing.assert_array_equal(canvas[20:, 68:], _ramp(5, 32, 32).repeat(2, 0).repeat(2, 1))
+    assert canvas[:20].min() < 100  # the names
+
+
+def _columns(count: int) -> list[ImaginedFrame]:
+    return [
+        ImaginedFrame(i + 1, _ramp(i, 64, 64), _ramp(i, 32, 32), _ramp(5 - i, 32, 32), 20.0 + i)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_figure_is_written_whole(tmp_path, count):
+    path = tmp_path / "new" / "demo.png"
+    save_demo_figure(
+        path,
+        title="“a task”",
+        subtitle="a model. " * 20,
+        frames=_columns(count),
+        actions=np.random.default_rng(0).uniform(-1, 1, (10, 7)),
+        query_steps=(0, 5),
+        control_hz=20,
+    )
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+    assert [file.name for file in path.parent.iterdir()] == ["demo.png"]
+
+
+def test_a_figure_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="0 frames and 10 actions"):
+        save_demo_figure(
+            tmp_path / "f.png",
+            title="",
+            subtitle="",
+            frames=[],
+            actions=np.zeros((10, 7)),
+            query_steps=(),
+            control_hz=20,
+        )

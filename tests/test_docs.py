@@ -1,0 +1,213 @@
+"""Runs the code of the documentation: README.md, docs/, the packages' READMEs, and the scripts in examples/.
+
+The Python blocks of a page share one namespace and run in order, in an empty folder where `tests/fixtures/…` leads
+to the fixtures, as it does from the root of the checkout. In shell blocks the `worldvla` commands run. A comment
+on the line above marks a block that the everyday run cannot afford; no other block may build on a marked one:
+
+    <!-- test: slow -->  runs with `pytest -m slow`
+    <!-- test: hub -->   needs the network: only its imports, attributes, arguments and options are checked
+"""
+
+import ast
+import functools
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    p for pattern in ("README.md", "docs/**/*.md", "packages/*/README.md") for p in sorted(ROOT.glob(pattern))
+]
+BLOCK = re.compile(
+    r"^(?: *<!-- test: (?P<mark>.*?) -->\n\n?)?"
+    r"(?P<indent> *)```(?:(?P<python>python|py)|console|bash|shell|sh) *\n(?P<code>.*?)(?:^ *``` *$|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+# Commands that a page may show and no test runs: they set things up, or are what CI itself consists of.
+NOT_RUN = re.compile(
+    r"(git|cd|apt-get|(uv )?pip|uv (sync|add|build)|uv run (pytest|ruff|mypy|pre-commit)|bash \.ci/run)\b"
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    number: int  # from 1, among the blocks of its page that this file tests
+    line: int  # where its code begins
+    is_python: bool
+    code: str
+    mark: str | None
+
+    def __str__(self):
+        return f"{self.page}[{self.number}]"
+
+
+def blocks(page: str, text: str) -> list[Block]:
+    found = []
+    for number, match in enumerate(BLOCK.finditer(text), 1):
+        line = text.count("\n", 0, match.start("code")) + 1
+        assert match["mark"] in {None, "slow", "hub"}, f"{page}, line {line}: {match['mark']}; allowed: slow, hub"
+        code = re.sub(f"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
+        found.append(Block(page, number, line, bool(match["python"]), code, match["mark"]))
+    return found
+
+
+def run_python(block: Block, names: dict[str, object]) -> None:
+    file = str(ROOT / block.page)
+    try:
+        tree = ast.increment_lineno(ast.parse(block.code), block.line - 1)
+        if block.mark == "hub":
+            check_names(tree, names)
+        else:
+            exec(compile(tree, file, "exec"), names)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = lines[-1] if lines else block.line
+        raise AssertionError(f"{block}, line {line}: {type(error).__name__}: {error}") from error
+
+
+def check_names(tree: ast.Module, names: dict[str, object]) -> None:
+    """Do the imports, and hold the attributes and calls of what is then known against the real thing."""
+    assigned = {
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    unknown = object()
+
+    def value(node: ast.expr) -> object:
+        if isinstance(node, ast.Attribute):
+            owner = value(node.value)
+            return owner if owner is unknown else getattr(owner, node.attr)
+        return names.get(node.id, unknown) if isinstance(node, ast.Name) and node.id not in assigned else unknown
+
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), "imports", "exec"), names)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            value(node)
+        elif isinstance(node, ast.Call) and callable(called := value(node.func)):
+            inspect.signature(called).bind(*node.args, **{word.arg: None for word in node.keywords if word.arg})
+
+
+def run_shell(block: Block, folder: Path) -> None:
+    lines = block.code.replace("\\\n", " ").splitlines()
+    if any(line.startswith("$ ") for line in lines):  # where there are prompts, the other lines are output
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    for command in filter(None, (shlex.join(shlex.split(line, comments=True)) for line in lines)):
+        worldvla = re.match(r"(?:uv run )?worldvla\b(.*)", command)
+        script = re.match(r"(?:uv run )?python (\S+\.py)", command)
+        if worldvla:
+            arguments = shlex.split(worldvla[1])
+            options = [word.split("=")[0] for word in arguments if word.startswith("--")]
+            if block.mark == "hub":
+                arguments = [*arguments[:1], "--help"]
+            program = [Path(sys.executable).parent / "worldvla", *arguments]
+            done = subprocess.run(program, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            assert done.returncode == 0, f"{block}: {command}\n{done.stdout}\n{done.stderr}"
+            if block.mark == "hub":
+                unknown = [option for option in options if option not in done.stdout]
+                assert not unknown, f"{block}: {command}: no such options: {unknown}"
+        elif script:
+            assert (ROOT / script[1]).is_file(), f"{block}: {command}: no such file"
+        else:
+            assert NOT_RUN.match(command), f"{block}: {command}: no test runs or knows this command"
+
+
+TESTED = [block for page in PAGES for block in blocks(page.relative_to(ROOT).as_posix(), page.read_text("utf-8"))]
+
+
+@pytest.fixture(scope="module")
+def state_of(tmp_path_factory):
+    """Maps a page to its folder, its namespace and those of its blocks that have run."""
+
+    @functools.cache
+    def start(page: str) -> tuple[Path, dict[str, object], set[Block]]:
+        folder = tmp_path_factory.mktemp("page")
+        (folder / "tests").mkdir()
+        (folder / "tests" / "fixtures").symlink_to(ROOT / "tests" / "fixtures", target_is_directory=True)
+        return folder, {"__name__": "__main__"}, set()
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=str(block), marks=pytest.mark.slow if block.mark == "slow" else ())
+        for block in TESTED
+    ],
+)
+def test_block(block, state_of, monkeypatch):
+    folder, names, done = state_of(block.page)
+    monkeypatch.chdir(folder)
+    if not block.is_python:
+        return run_shell(block, folder)
+    # Chosen alone, as by -k or -m slow, a block still finds what those before it have made.
+    before = [b for b in TESTED if b.page == block.page and b.is_python and not b.mark and b.number < block.number]
+    for step in [b for b in (*before, block) if b not in done]:
+        run_python(step, names)
+        done.add(step)
+    return None
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_example(script, tmp_path):
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+
+
+PAGE = """
+<!-- test: hub -->
+```python
+from pathlib import Path
+
+path = Path("x").{}
+```
+
+```json
+{{}}
+```
+
+- indented
+  ```python
+  x = 1
+  raise KeyError(x)
+  ```
+
+```console
+$ {}
+output
+```
+"""
+
+
+def test_page_is_taken_apart():
+    first, second, third = blocks("p.md", PAGE.format("name", "git clone x"))
+    assert [str(first), first.mark, first.is_python, first.line] == ["p.md[1]", "hub", True, 4]
+    assert [second.code, second.mark, second.line] == ["x = 1\nraise KeyError(x)\n", None, 15]
+    assert not third.is_python
+    run_python(first, {})
+    run_shell(third, ROOT)
+    with pytest.raises(AssertionError, match=r"p\.md\[2\], line 16: KeyError"):
+        run_python(second, {})
+
+
+def test_what_does_not_hold_is_named():
+    with pytest.raises(AssertionError, match="sloow; allowed: slow, hub"):
+        blocks("p.md", "<!-- test: sloow -->\n```python\n```\n")
+    for code, message in (
+        ("import os\nos.nowhere()", "nowhere"),
+        ("import shlex\nshlex.split('', word=1)", "unexpected keyword"),
+        ("from pathlib import Nothing", "Nothing"),
+    ):
+        with pytest.raises(AssertionError, match=rf"p\.md\[1\], line 7: .*{message}"):
+            run_python(Block("p.md", 1, 7, True, code, "hub"), {})
+    for command in ("curl x | sh", "uv run python nowhere.py"):
+        with pytest.raises(AssertionError, match=r"p\.md\[1\]: "):
+            run_shell(Block("p.md", 1, 7, False, command, None), ROOT)
