@@ -92,6 +92,8 @@ def test_a_model_that_never_ends_its_turn(small):
 def test_bad_requests(small):
     with pytest.raises(DecodingError, match="prompt has 0 ids"):
         Decoder(small, [])
+    with pytest.raises(DecodingError, match=r"prompt id 16640 at position 1; .* 0 … 16639"):
+        Decoder(small, [0, 16_640])
     with pytest.raises(DecodingError, match="num_actions is 0"):
         decode_chunk(Decoder(small, [0]), ACTION, V.eot, num_actions=0)
     with pytest.raises(DecodingError, match=r"ids 16640 … 16641 wanted; .* 0 … 16639"):

@@ -160,7 +160,7 @@ def test_repeated_shared_norms_equal_per_head_norms(small, small_config):
 blocks = st.sampled_from([[16_400, 16_401], [8_197, 8_805, 50, 8_196], [10_004, 10_100, 10_101, 15_004], [8_710]])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(blocks, min_size=2, max_size=8), st.sampled_from(["causal", "action_isolated_everywhere"]), st.data()
 )

@@ -83,7 +83,7 @@ class Decoder:
         sampling: how ids are chosen.
 
     Raises:
-        DecodingError: an empty prompt.
+        DecodingError: an empty prompt, or an id outside the model's vocabulary.
         SequenceLengthError: the prompt fills all positions of the model.
     """
 
@@ -97,6 +97,12 @@ class Decoder:
     ) -> None:
         if len(prompt) == 0:
             raise DecodingError("the prompt has 0 ids; at least 1 needed")
+        size = model.config.vocab_size
+        foreign = next((i for i, token in enumerate(prompt) if not 0 <= token < size), None)
+        if foreign is not None:
+            raise DecodingError(
+                f"prompt id {prompt[foreign]} at position {foreign}; the model's vocabulary is 0 … {size - 1}"
+            )
         self.model = model
         self.attention = attention
         self.sampling = sampling
