@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEBUG_VARIABLE = "WORLDVLA_DEBUG"
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130  # 130: as shells report Ctrl-C
 
 
 class MissingModelError(FileNotFoundError):
@@ -71,6 +71,7 @@ def demo(
         model: Which model, and how to load it.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.text import Text
 
     from worldvla_libero.demo import FIGURE_FILE, NUMBERS_FILE, VIDEO_FILE, run_demo
     from worldvla_libero.suites import load_suite
@@ -96,19 +97,21 @@ def demo(
 
         numbers = run_demo(loaded, chosen, out, steps=steps, progress=show)
     told = "reached the goal" if numbers["success"] else "did not reach the goal"
-    console.print(f"{loaded.name} {told} of “{chosen.language}” in {numbers['steps']} steps.", highlight=False)
+    console.print(
+        f"{loaded.name} {told} of “{chosen.language}” in {numbers['steps']} steps.", highlight=False, markup=False
+    )
     for name, content in (
         (FIGURE_FILE, "true and imagined frames, actions"),
         (VIDEO_FILE, "true next frame beside the imagined one"),
         (NUMBERS_FILE, "actions, PSNR, seconds, versions"),
     ):
-        console.print(f"  {out / name}  [dim]{content}[/dim]", highlight=False)
+        console.print(Text.assemble(f"  {out / name}  ", (content, "dim")))
     return EXIT_OK
 
 
 def evaluate(
-    suite: str,
-    out: Path,
+    suite: tyro.conf.Positional[str],
+    out: Path = Path("worldvla-eval"),
     tasks: tuple[str, ...] = (),
     episodes: int | None = None,
     protocol: str = "openvla",
@@ -177,7 +180,7 @@ def evaluate(
         on_episode=show,
     )
     _print_rates(console, result)
-    console.print(f"records and videos: {out / RESULTS_FILE}", highlight=False)
+    console.print(f"records and videos: {out / RESULTS_FILE}", highlight=False, markup=False)
     return EXIT_FAILED if result.overall.errors else EXIT_OK
 
 
@@ -222,7 +225,7 @@ def convert(
         published.to_ours(source, target)
         if processor is not None:
             processor.save_pretrained(target)
-    _console().print(f"wrote {target}", highlight=False)
+    _console().print(f"wrote {target}", highlight=False, markup=False)
     return EXIT_OK
 
 
@@ -283,12 +286,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description="A model that acts and imagines, on LIBERO. Every command takes --debug for tracebacks.",
             args=given,
         )
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if debug:
             raise
         from rich.text import Text
 
         line = Text.assemble((f"{type(error).__name__}: ", "bold red"), " ".join(str(error).split()))
+        if not type(error).__module__.startswith("worldvla"):
+            line.append(" (--debug shows where)", style="dim")
         _console(stderr=True).print(line, soft_wrap=True)
         return EXIT_USAGE if isinstance(error, ValueError | FileNotFoundError | FileExistsError) else EXIT_FAILED
 

@@ -187,6 +187,7 @@ def evaluate(
         RecordExistsError: `out_dir` already holds an evaluation.
         InitialStateError: more episodes than a task has fixed initial states.
         PolicyError: with `strict` only.
+        SimulatorError: the simulator failed; the records so far are on disk.
         ValueError: a number out of range.
     """
     count = protocol.episodes_per_task if episodes is None else episodes

@@ -15,12 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from worldvla_libero.rendering import check_rendering
-from worldvla_libero.suites import (
-    OPENVLA,
-    EvaluationProtocol,
-    InitialStateError,
-    Task,
-)
+from worldvla_libero.suites import OPENVLA, EvaluationProtocol, InitialStateError, Task
 
 ACTION_DIM = 7
 NO_MOTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # the wait step: arm at rest, gripper opening
@@ -146,18 +141,19 @@ class Simulator:
             InitialStateError: the index is out of range, or the state does not fit the scene.
             SimulatorError: no scene without colliding objects was found, or the simulator is closed.
         """
-        environment = self._environment
+        environment, state = self._environment, self._checked_state(initial_state)
+        self._step = self._frame = None
         self._make_current()  # a reset frees the GL objects of the old scene
         with _numpy_seed(self.protocol.seed if seed is None else seed):
             _draw_scene(environment)
-        state = self._checked_state(initial_state)
         self._observing = observe and self.protocol.wait_steps == 0
         self._wrapper.set_init_state(state)
+        self._observing = False
         success = bool(environment._check_success())
         for left in reversed(range(self.protocol.wait_steps)):
             success = self._advance(np.asarray(NO_MOTION), observe=observe and left == 0)
         self._step = 0
-        return StepResult(self._frame if observe else None, success, 0)
+        return StepResult(self._frame, success, 0)
 
     def step(self, action: ArrayLike, *, observe: bool = True) -> StepResult:
         """Take one control step.
@@ -165,7 +161,7 @@ class Simulator:
         Args:
             action: (7,) per-step deltas of position and axis-angle in controller units, clipped to [-1, 1] by
                 robosuite, and the gripper, -1 open to +1 closed.
-            observe: whether to render. A step that nobody looks at costs a tenth.
+            observe: whether to render. Where the CPU renders, a step that nobody looks at costs a tenth.
 
         Raises:
             InvalidActionError: the action is not 7 wide or not finite.
@@ -271,10 +267,7 @@ def check_actions(actions: ArrayLike, *, shape: tuple[int | None, ...]) -> NDArr
         size == needed if needed is not None else size > 0 for size, needed in zip(array.shape, shape, strict=True)
     )
     if not fits:
-        needed_shape = (
-            "(" + ", ".join("K" if n is None else str(n) for n in shape) + ("," * (len(shape) == 1)) + ")"
-        )
-        raise InvalidActionError(f"action has shape {array.shape}; {needed_shape} needed")
+        raise InvalidActionError(f"action has shape {array.shape}; {str(shape).replace('None', 'K')} needed")
     if not np.isfinite(array).all():
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise InvalidActionError(f"action value at {where} is {array[where]}; finite values needed")

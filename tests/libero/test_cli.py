@@ -1,0 +1,194 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+from PIL import Image
+
+from worldvla_libero import cli, default_model_path
+from worldvla_libero.doctor import rendering
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "published"
+
+needs_default_model = pytest.mark.skipif(
+    not (default_model_path() / "config.json").is_file(), reason="the default model is not in this checkout"
+)
+
+
+def run(*arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own; `code` runs before it."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MPLCONFIGDIR")}
+    program = f"import sys\n{code}\nfrom worldvla_libero.cli import main\nsys.exit(main({list(arguments)!r}))"
+    return subprocess.run(
+        [sys.executable, "-c", program], env=kept | environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_help_is_fast_because_nothing_heavy_is_imported():
+    ran = run(
+        "--help",
+        code="heavy = {'torch', 'transformers', 'libero', 'robosuite', 'mujoco', 'matplotlib', 'av'}\n"
+        "import atexit; atexit.register(lambda: print(sorted(heavy & set(sys.modules))))",
+    )
+    assert ran.returncode == 0
+    for command in ("demo", "evaluate", "convert", "doctor"):
+        assert command in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--suite", "libero_gaol"], "UnknownNameError: unknown suite 'libero_gaol' (did you mean"),
+        (["demo", "--task", "11"], "UnknownNameError: task 11 of libero_goal; allowed: 0 … 9"),
+        (["evaluate", "libero_goal", "--out", "o", "--protocol", "lerobo"], "did you mean 'lerobot'"),
+        (["convert", "nowhere", "target"], "nowhere"),
+        (["convert", "a", "b", "--to", "published", "--trust-pickle"], "do not go with --to published"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(arguments, message, capsys):
+    assert cli.main(arguments) == cli.EXIT_USAGE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    with pytest.raises(ValueError, match="unknown suite"):
+        cli.main(["--debug", "demo", "--suite", "nonsense"])
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    with pytest.raises(ValueError, match="unknown suite"):
+        cli.main(["demo", "--suite", "nonsense"])
+
+
+def test_unparsable_arguments_exit_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["frobnicate"])
+    assert caught.value.code == cli.EXIT_USAGE
+
+
+def test_a_missing_default_model_names_the_remedy(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "default_model_path", lambda: tmp_path)
+    assert cli.main(["demo"]) == cli.EXIT_USAGE
+    assert "remedy: reinstall worldvla-libero, or pass --model" in capsys.readouterr().err
+
+
+@needs_default_model
+def test_doctor_finds_everything_for_the_demo():
+    ran = run("doctor")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for subject in (
+        "python",
+        "torch",
+        "transformers",
+        "mujoco",
+        "robosuite",
+        "OpenGL",
+        "GPU",
+        "default model",
+        "Hub",
+    ):
+        assert subject in ran.stdout
+    assert "`worldvla demo` can run." in ran.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="EGL is Linux's")
+def test_doctor_says_what_is_missing():
+    ran = run("doctor", __EGL_VENDOR_LIBRARY_DIRS="/nonexistent")
+    assert ran.returncode == 1
+    assert "✗ OpenGL: " in ran.stdout
+    assert "→ apt-get install libegl1 libgl1-mesa-dri" in ran.stdout
+    assert "cannot run yet" in ran.stdout
+
+
+def test_doctor_survives_a_driver_that_crashes(monkeypatch):
+    crash = [sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"]
+    real_run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda _, **options: real_run(crash, **options))
+    found = rendering()
+    assert found.level == "missing"
+    assert "crashed with signal 11" in found.detail
+
+
+NO_NETWORK = """
+import socket
+def refuse(*_): raise OSError("no network in this test")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+"""
+
+
+@needs_default_model
+def test_demo_needs_no_network_and_leaves_the_home_untouched(tmp_path):
+    home, out = tmp_path / "home", tmp_path / "worldvla-demo"
+    home.mkdir()
+    ran = run("demo", "--out", str(out), "--steps", "6", code=NO_NETWORK, HOME=str(home))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    assert list(home.rglob("*")) == []
+    assert sorted(file.name for file in out.iterdir()) == ["demo.json", "demo.mp4", "demo.png"]
+    numbers = json.loads((out / "demo.json").read_text())
+    assert numbers["task"]["instruction"] == "open the middle drawer of the cabinet"
+    assert numbers["model"]["stand_in"] is True
+    assert numbers["steps"] == len(numbers["actions"]) == len(numbers["psnr_imagined_vs_true_db"]) == 6
+    assert all(5 < psnr < 60 for psnr in numbers["psnr_imagined_vs_true_db"].values())
+    with av.open(str(out / "demo.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 6
+    with Image.open(out / "demo.png") as picture:
+        assert picture.width > 1000
+
+
+def test_evaluate_reports_and_exits_by_outcome(tmp_path, capsys):
+    arguments = [
+        *("evaluate", "libero_goal", "--tasks", "0", "--out", str(tmp_path / "out"), "--episodes", "1"),
+        *("--max-steps", "5", "--render-size", "128", "--num-actions", "5", "--video-stride", "0"),
+        *(
+            "--model",
+            str(FIXTURE / "checkpoint"),
+            "--tokenizers",
+            str(FIXTURE / "tokenizer"),
+            "--image-size",
+            "128",
+        ),
+    ]
+    assert cli.main(arguments) == cli.EXIT_OK
+    printed = capsys.readouterr().out
+    assert "failure libero_goal/0 episode 0: 5 steps" in printed
+    assert "0.0 % (0/1)" in printed
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["protocol"]["image_size"] == 128
+    assert cli.main(arguments) == cli.EXIT_USAGE  # the record is there already
+    assert "RecordExistsError" in capsys.readouterr().err
+
+
+def test_convert_writes_a_folder_that_works_alone_and_back(tmp_path):
+    from worldvla_model import WorldVLA
+
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    published, tokenizers = FIXTURE / "checkpoint", FIXTURE / "tokenizer"
+    assert cli.main(["convert", str(published), str(ours), "--tokenizers", str(tokenizers)]) == cli.EXIT_OK
+    agent = WorldVLA.from_pretrained(ours, image_size=128)
+    assert agent.processor.history_length == 2
+    assert cli.main(["convert", str(ours), str(back), "--to", "published"]) == cli.EXIT_OK
+    assert json.loads((back / "config.json").read_text())["model_type"] == "chameleon"
+
+
+def test_convert_takes_tokenizers_alone_and_unpickles_only_when_told(tmp_path, capsys):
+    import shutil
+
+    import torch
+
+    from worldvla_tokenizers import ImageTokenizer, TextTokenizer
+
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(FIXTURE / "tokenizer", source)
+    content = torch.load(source / "vqgan.ckpt", weights_only=True)
+    torch.save(content | {"callbacks": Path("more than tensors")}, source / "vqgan.ckpt")
+    assert cli.main(["convert", str(source), str(target)]) == cli.EXIT_USAGE
+    assert "--trust-pickle" in capsys.readouterr().err
+    assert not target.exists()
+    assert cli.main(["convert", str(source), str(target), "--trust-pickle"]) == cli.EXIT_OK
+    assert ImageTokenizer.from_pretrained(target).vqgan.config.n_embed == 8192
+    assert TextTokenizer.from_pretrained(target).encode("put the bowl on the plate")
