@@ -11,6 +11,9 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+# Before torch is imported, as the command does: torch's waiting threads would spin on the cores of the renderer.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Machines are noisy and CI must not depend on luck; at a desk every run draws new examples.
 settings.register_profile("worldvla", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("worldvla")

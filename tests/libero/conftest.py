@@ -1,14 +1,11 @@
 """One simulator for all tests: building a scene takes seconds."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from worldvla_libero.simulator import Simulator
 from worldvla_libero.suites import load_suite
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does: torch and the renderer share the cores
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from worldvla_model import WorldVLAProcessor
 from worldvla_model.processing_worldvla import ProcessorSettings
 from worldvla_tokenizers import ActionTokenizer, SequenceError, VocabularyError, sequence
-from worldvla_tokenizers._files import PretrainedFilesError
+from worldvla_tokenizers.files import PretrainedFilesError
 
 
 @pytest.fixture(scope="module")

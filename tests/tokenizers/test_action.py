@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from worldvla_tokenizers import ActionError, ActionTokenizer, VocabularyError
-from worldvla_tokenizers._files import PretrainedFilesError
+from worldvla_tokenizers.files import PretrainedFilesError
 
 ours = ActionTokenizer.published()
 

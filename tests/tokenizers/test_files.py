@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from worldvla_tokenizers._files import (
+from worldvla_tokenizers.files import (
     PretrainedFilesError,
     resolve_files,
     staged_folder,
@@ -54,7 +54,7 @@ def test_hub_repository_with_revision_and_subfolder(tmp_path, monkeypatch, hub_c
 
 def test_the_environment_can_forbid_the_network(hub_cache):
     code = (
-        "from worldvla_tokenizers._files import resolve_files, PretrainedFilesError\n"
+        "from worldvla_tokenizers.files import resolve_files, PretrainedFilesError\n"
         f"print(resolve_files('lab/robot', ['a.json'], cache_dir={str(hub_cache)!r})['a.json'].read_text())\n"
         "try: resolve_files('lab/other', ['a.json'])\n"
         "except PretrainedFilesError as error: print(error)\n"
@@ -69,7 +69,7 @@ def test_the_environment_can_forbid_the_network(hub_cache):
 
 
 def test_importing_needs_no_hub_client():
-    code = "import sys, worldvla_tokenizers._files; print('huggingface_hub' in sys.modules)"
+    code = "import sys, worldvla_tokenizers.files; print('huggingface_hub' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

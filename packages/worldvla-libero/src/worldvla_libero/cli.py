@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     prepare_process()
     # Waiting threads of torch spin by default: with a software renderer or a second process on the same cores,
-    # small models are then ten times slower.
+    # small models then slow down many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or bool(os.environ.get(DEBUG_VARIABLE))

@@ -19,7 +19,7 @@ from worldvla_libero.report import ImaginedFrame, VideoWriter, save_demo_figure,
 from worldvla_libero.rollout import ModelPolicy, Rollout, rollout
 from worldvla_libero.simulator import Frame, Simulator
 from worldvla_libero.suites import Task
-from worldvla_tokenizers._files import write_text_atomic
+from worldvla_tokenizers.files import write_text_atomic
 
 if TYPE_CHECKING:
     from worldvla_model import WorldVLA

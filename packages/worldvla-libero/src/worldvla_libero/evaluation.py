@@ -19,7 +19,7 @@ from worldvla_libero.report import VideoWriter
 from worldvla_libero.rollout import Policy, PolicyError, rollout
 from worldvla_libero.simulator import Frame, Simulator
 from worldvla_libero.suites import OPENVLA, EvaluationProtocol, InitialStateError, Task
-from worldvla_tokenizers._files import write_text_atomic
+from worldvla_tokenizers.files import write_text_atomic
 
 EPISODES_FILE = "episodes.jsonl"
 RESULTS_FILE = "results.json"

@@ -174,7 +174,7 @@ def save_demo_figure(
                 axes = figure.add_subplot(rows[row, column])
                 _show(axes, image, label=name if column == 0 else "", title=seconds if row == 0 else "")
             axes.set_xlabel(f"PSNR {frame.psnr:.1f} dB", color=_GREY, fontsize=9)
-        plots = figure.add_gridspec(1, 3, left=0.075, right=0.985, bottom=0.115, top=0.26, wspace=0.16)
+        plots = figure.add_gridspec(1, 3, left=0.075, right=0.985, bottom=0.115, top=0.26, wspace=0.2)
         for column, (name, dimensions) in enumerate(_ACTION_PANELS):
             panel = figure.add_subplot(plots[0, column])
             _plot_actions(panel, actions[:, dimensions], control_hz)

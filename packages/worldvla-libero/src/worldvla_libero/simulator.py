@@ -161,7 +161,7 @@ class Simulator:
         Args:
             action: (7,) per-step deltas of position and axis-angle in controller units, clipped to [-1, 1] by
                 robosuite, and the gripper, -1 open to +1 closed.
-            observe: whether to render. Where the CPU renders, a step that nobody looks at costs a tenth.
+            observe: whether to render. Where the CPU renders, rendering is most of a step's cost.
 
         Raises:
             InvalidActionError: the action is not 7 wide or not finite.

@@ -16,7 +16,7 @@ from worldvla_model.decoding import GREEDY, Decoder, Sampling, continue_freely, 
 from worldvla_model.modeling_worldvla import WorldVLAForConditionalGeneration
 from worldvla_model.processing_worldvla import WorldVLAProcessor
 from worldvla_tokenizers import ActionTokenizer, sequence
-from worldvla_tokenizers._files import PushOptions, push_folder, staged_folder, write_text_atomic
+from worldvla_tokenizers.files import PushOptions, push_folder, staged_folder, write_text_atomic
 
 CARD_NAME = "README.md"
 

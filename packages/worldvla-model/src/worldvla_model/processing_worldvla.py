@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from worldvla_tokenizers import ActionTokenizer, ImageTokenizer, TextTokenizer, Vocabulary, sequence
-from worldvla_tokenizers._files import (
+from worldvla_tokenizers.files import (
     HubOptions,
     PretrainedFilesError,
     PushOptions,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from worldvla_tokenizers import sequence
 from worldvla_tokenizers.action import ActionError, ActionTokenizer
+from worldvla_tokenizers.files import PretrainedFilesError
 from worldvla_tokenizers.sequence import SequenceError
 from worldvla_tokenizers.vocabulary import Vocabulary, VocabularyError
 
@@ -27,6 +28,7 @@ __all__ = [
     "ImageError",
     "ImageTokenizer",
     "PixelError",
+    "PretrainedFilesError",
     "SequenceError",
     "TextTokenizer",
     "VQGANConfig",

@@ -14,7 +14,7 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from worldvla_tokenizers._files import HubOptions, resolve_files, write_text_atomic
+from worldvla_tokenizers.files import HubOptions, resolve_files, write_text_atomic
 from worldvla_tokenizers.vocabulary import Vocabulary
 
 FILE_NAME = "action_tokenizer.json"

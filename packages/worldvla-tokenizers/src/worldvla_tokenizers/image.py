@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from worldvla_tokenizers._files import HubOptions, resolve_files, staged_folder, write_text_atomic
+from worldvla_tokenizers.files import HubOptions, resolve_files, staged_folder, write_text_atomic
 from worldvla_tokenizers.vqgan import VQGAN
 
 SETTINGS_NAME = "image_tokenizer.json"

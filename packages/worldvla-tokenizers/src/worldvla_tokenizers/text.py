@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from worldvla_tokenizers._files import HubOptions, resolve_files, staged_folder, write_text_atomic
+from worldvla_tokenizers.files import HubOptions, resolve_files, staged_folder, write_text_atomic
 from worldvla_tokenizers.vocabulary import FIRST_TEXT_ID, Vocabulary, VocabularyError, layout
 
 FILE_NAME = "tokenizer.json"

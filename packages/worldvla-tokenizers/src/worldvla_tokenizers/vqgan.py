@@ -21,7 +21,7 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import VectorQuantizer
 from torch import Tensor, nn
 
-from worldvla_tokenizers._files import (
+from worldvla_tokenizers.files import (
     HubOptions,
     PretrainedFilesError,
     PushOptions,
