@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from itertools import pairwise
@@ -185,6 +186,23 @@ def test_cached_equals_uncached(parts, strategy, data):
                 )  # fmt: skip
                 pieces.append(output.logits)
             torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_one_graph_without_breaks(published, model, implementation):
+    """The whole forward traces into one graph, prefill and steps over a static cache alike."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(implementation)
+    ids = torch.tensor([published.samples(size=128, kind="action")[0]["tokens"]])
+    traced = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        expected = model(ids).logits
+        torch.testing.assert_close(traced(ids).logits, expected)
+        cache = StaticCache(config=model.config, max_cache_len=256)
+        traced(ids[:, :169], context_ids=ids[:, :169], past_key_values=cache, use_cache=True)
+        for t in range(169, 172):
+            step = traced(ids[:, t : t + 1], context_ids=ids[:, : t + 1], past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(step.logits[:, 0], expected[:, t], rtol=1e-5, atol=1e-5)
 
 
 def test_cached_tokens_need_their_ids(small):
