@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 from worldvla_tokenizers import ActionTokenizer, ImageTokenizer, TextTokenizer, Vocabulary, sequence
 from worldvla_tokenizers.files import (
     HubOptions,
-    PretrainedFilesError,
     PushOptions,
     push_folder,
     resolve_files,
@@ -24,6 +23,7 @@ from worldvla_tokenizers.files import (
 from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
 
 FILE_NAME = "processor_config.json"
+TEXT_FILE_NAME = "tokenizer.json"
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 
 
@@ -242,13 +242,11 @@ class WorldVLAProcessor:
         for key in ("cache_dir", "token", "local_files_only"):
             if key in options:
                 hub[key] = options.pop(key)
-        try:
-            path = resolve_files(source, [FILE_NAME], **hub)[FILE_NAME]
-        except PretrainedFilesError:
-            # The published layout; where its files are missing too, the error that says so is the useful one.
-            settings, image_folder, actions = {}, subfolder, ActionTokenizer.published()
-        else:
-            settings = json.loads(path.read_text(encoding="utf-8"))
+        # Both layouts have the text tokenizer; only ours has settings beside it.
+        found = resolve_files(source, [TEXT_FILE_NAME], optional=[FILE_NAME], **hub)
+        settings, image_folder, actions = {}, subfolder, ActionTokenizer.published()
+        if FILE_NAME in found:
+            settings = json.loads(found[FILE_NAME].read_text(encoding="utf-8"))
             settings.pop("processor_class", None)
             image_folder = "/".join(filter(None, (subfolder, IMAGE_TOKENIZER_FOLDER)))
             actions = ActionTokenizer.from_pretrained(source, **hub)
