@@ -84,7 +84,7 @@ def test_a_seed_places_the_scene_and_leaves_numpy_alone(simulator):
     poses = []
     for seed in (0, 0, 1):
         simulator.reset(0, seed=seed, observe=False)
-        poses.append(simulator._environment.sim.model.body_pos.copy())
+        poses.append(simulator.environment.sim.model.body_pos.copy())
     assert np.random.rand() == expected  # noqa: NPY002
     np.testing.assert_array_equal(poses[0], poses[1])
     assert not np.array_equal(poses[0], poses[2])
@@ -124,7 +124,7 @@ def test_success_is_libero_s_own(simulator):
     """The drawer joint moved by hand to where LIBERO calls it open."""
     simulator.reset(observe=False)
     assert not simulator.step(NO_MOTION, observe=False).success
-    sim = simulator._environment.sim
+    sim = simulator.environment.sim
     joints = [n for n in sim.model.joint_names if n and "middle" in n]
     assert len(joints) == 1
     sim.data.set_joint_qpos(joints[0], -0.16)
@@ -134,7 +134,7 @@ def test_success_is_libero_s_own(simulator):
 def test_misuse_is_named():
     task = load_suite("libero_goal").task(0)
     with pytest.raises(SimulatorError, match=r"existing: .*agentview"):
-        Simulator(task, camera="ceiling")
+        Simulator(task, cameras=["ceiling"])
     simulator = Simulator(task, replace(OPENVLA, wait_steps=0), image_size=64)
     with pytest.raises(SimulatorError, match="before reset"):
         simulator.step(NO_MOTION)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import atexit
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, field
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -38,18 +38,23 @@ class StepResult:
     """What one control step led to.
 
     Attributes:
-        frame: (S, S, 3) uint8 camera image, upright; None when the step was not observed.
         success: whether the task's goal holds.
         step: control steps since the scene had settled; 0 after `reset`.
+        frames: (S, S, 3) uint8 image of each camera, upright; empty when the step was not observed.
     """
 
-    frame: Frame | None
     success: bool
     step: int
+    frames: Mapping[str, Frame] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def frame(self) -> Frame | None:
+        """(S, S, 3) uint8 image of the first camera; None when the step was not observed."""
+        return next(iter(self.frames.values()), None)
 
 
 class Simulator:
-    """A LIBERO environment with one camera, closed after use.
+    """A LIBERO environment, closed after use.
 
     Frames are exactly those of LIBERO's own environment with its camera always on. That takes care: robosuite
     samples a camera once per control step, on a clock that every forced update advances by one substep. After
@@ -62,12 +67,12 @@ class Simulator:
         task: the task.
         protocol: settling steps, control rate and image size.
         image_size: width and height of frames in pixels; by default the protocol's.
-        camera: name of a camera in LIBERO's scenes.
+        cameras: names of cameras in LIBERO's scenes, such as `agentview` and `robot0_eye_in_hand`.
 
     Raises:
         RenderingError: there is no OpenGL to render with.
         LiberoNotInstalledError: LIBERO is not installed.
-        SimulatorError: the scene has no such camera.
+        SimulatorError: the scene has no such camera, or none is named.
 
     Example:
         >>> from worldvla_libero import Simulator, load_suite
@@ -84,18 +89,21 @@ class Simulator:
         protocol: EvaluationProtocol = OPENVLA,
         *,
         image_size: int | None = None,
-        camera: str = "agentview",
+        cameras: Sequence[str] = ("agentview",),
     ) -> None:
+        if isinstance(cameras, str) or not cameras:
+            raise SimulatorError(f"cameras are {cameras!r}; a sequence of at least one name needed")
         check_rendering()
         from libero.libero.envs.env_wrapper import ControlEnv
 
         self.task = task
         self.protocol = protocol
         self.image_size = protocol.image_size if image_size is None else image_size
-        self.camera = camera
-        self._frame: Frame | None = None
+        self.cameras = tuple(cameras)
+        self._frames: dict[str, Frame] = {}
         self._observing = False
         self._step: int | None = None
+        self._start_state: NDArray[np.float64] | None = None
         with _numpy_seed(protocol.seed):  # construction already draws a scene
             self._wrapper: Any = ControlEnv(
                 bddl_file_name=str(task.bddl_file),
@@ -105,13 +113,14 @@ class Simulator:
                 ignore_done=True,  # the step limit is the protocol's affair
             )
         _close_at_exit(self)
-        cameras = self._environment.sim.model.camera_names
-        if camera not in cameras:
-            self.close()
-            raise SimulatorError(
-                f"camera {camera!r} is not in the scene of {task}; existing: {', '.join(cameras)}"
-            )
-        self._add_camera()
+        existing = self.environment.sim.model.camera_names
+        for camera in cameras:
+            if camera not in existing:
+                self.close()
+                raise SimulatorError(
+                    f"camera {camera!r} is not in the scene of {task}; existing: {', '.join(existing)}"
+                )
+        self._add_cameras()
 
     @functools.cached_property
     def initial_states(self) -> NDArray[np.float64]:
@@ -119,19 +128,52 @@ class Simulator:
         return self.task.initial_states()
 
     @property
+    def environment(self) -> Any:
+        """The robosuite environment below, with all that a policy is not shown: poses, contacts, the goal.
+
+        Raises:
+            SimulatorError: the simulator is closed.
+        """
+        if self._wrapper is None:
+            raise SimulatorError(f"the simulator of {self.task} is closed")
+        return self._wrapper.env
+
+    @property
     def state(self) -> NDArray[np.float64]:
         """(1 + nq + nv,) simulation time [s], joint positions, joint velocities."""
-        return self._environment.sim.get_state().flatten()
+        return self.environment.sim.get_state().flatten()
+
+    @property
+    def start_state(self) -> NDArray[np.float64]:
+        """(1 + nq + nv,) state this episode began with, before the scene settled: what a replay needs.
+
+        Raises:
+            SimulatorError: `reset` was not called.
+        """
+        if self._start_state is None:
+            raise SimulatorError("no episode has begun: call Simulator.reset first")
+        return self._start_state
+
+    @property
+    def robot_state(self) -> NDArray[np.float64]:
+        """(9,) positions of both fingers [m], position of the hand [m], its quaternion (x, y, z, w).
+
+        LIBERO's `robot_states`, sampled at the same moment as the frames.
+        """
+        observed = self.environment._get_observations()
+        return np.concatenate([observed[f"robot0_{key}"] for key in ("gripper_qpos", "eef_pos", "eef_quat")])
 
     def reset(
-        self, initial_state: int | ArrayLike = 0, *, seed: int | None = None, observe: bool = True
+        self, initial_state: int | ArrayLike | None = 0, *, seed: int | None = None, observe: bool = True
     ) -> StepResult:
         """Start an episode and let the scene settle.
 
         Args:
-            initial_state: index of one of the task's fixed initial states, or a (1 + nq + nv,) state.
-            seed: places the fixtures, which a state does not hold; by default the protocol's first. NumPy's
-                global generator, from which LIBERO draws, is left as it was found.
+            initial_state: index of one of the task's fixed initial states, a (1 + nq + nv,) state, or None to
+                have the simulator draw one, as for demonstrations.
+            seed: places the fixtures, which a state does not hold, and draws the state where it is None; by
+                default the protocol's first. NumPy's global generator, from which LIBERO draws, is left as it
+                was found.
             observe: whether to render the settled scene.
 
         Returns:
@@ -141,19 +183,22 @@ class Simulator:
             InitialStateError: the index is out of range, or the state does not fit the scene.
             SimulatorError: no scene without colliding objects was found, or the simulator is closed.
         """
-        environment, state = self._environment, self._checked_state(initial_state)
-        self._step = self._frame = None
+        environment = self.environment
+        state = None if initial_state is None else self._checked_state(initial_state)
+        self._step, self._frames = None, {}
         self._make_current()  # a reset frees the GL objects of the old scene
         with _numpy_seed(self.protocol.seed if seed is None else seed):
             _draw_scene(environment)
         self._observing = observe and self.protocol.wait_steps == 0
-        self._wrapper.set_init_state(state)
+        # A drawn state is set as well, so that replaying it later is the same episode to the last bit.
+        self._wrapper.set_init_state(self.state if state is None else state)
+        self._start_state = self.state
         self._observing = False
         success = bool(environment._check_success())
         for left in reversed(range(self.protocol.wait_steps)):
             success = self._advance(np.asarray(NO_MOTION), observe=observe and left == 0)
         self._step = 0
-        return StepResult(self._frame, success, 0)
+        return StepResult(success, 0, MappingProxyType(self._frames))
 
     def step(self, action: ArrayLike, *, observe: bool = True) -> StepResult:
         """Take one control step.
@@ -172,7 +217,7 @@ class Simulator:
             raise SimulatorError("step before reset: call Simulator.reset first")
         success = self._advance(checked, observe=observe)
         self._step += 1
-        return StepResult(self._frame, success, self._step)
+        return StepResult(success, self._step, MappingProxyType(self._frames))
 
     def close(self) -> None:
         """Free the scene and its OpenGL context; may be called twice."""
@@ -190,49 +235,39 @@ class Simulator:
     ) -> None:
         self.close()
 
-    @property
-    def _environment(self) -> Any:
-        if self._wrapper is None:
-            raise SimulatorError(f"the simulator of {self.task} is closed")
-        return self._wrapper.env
-
     def _advance(self, action: NDArray[np.float64], *, observe: bool) -> bool:
-        environment = self._environment
-        self._observing, self._frame = observe, None
+        environment = self.environment
+        self._observing, self._frames = observe, {}
         try:
             _, _, success, _ = environment.step(action)
         finally:
             self._observing = False
-        if observe and self._frame is None:
-            raise SimulatorError(
-                f"camera {self.camera!r} took no sample in a control step at {self.protocol.control_hz} Hz"
-            )
+        if observe and not self._frames:
+            raise SimulatorError(f"the cameras took no sample in a control step at {self.protocol.control_hz} Hz")
         return bool(success)
 
-    def _add_camera(self) -> None:
+    def _add_cameras(self) -> None:
         from robosuite.utils.observables import Observable, sensor
 
         @sensor(modality="image")
         def sample(_: Any) -> NDArray[np.float64]:
             if self._observing:
-                self._frame = self._render()
-            return np.zeros(1)  # robosuite stores this; the frame is kept here
+                self._frames = {camera: self._render(camera) for camera in self.cameras}
+            return np.zeros(1)  # robosuite stores this; the frames are kept here
 
-        self._environment.add_observable(
-            Observable("worldvla_camera", sample, sampling_rate=self.protocol.control_hz, active=False)
+        self.environment.add_observable(
+            Observable("worldvla_cameras", sample, sampling_rate=self.protocol.control_hz, active=False)
         )
 
-    def _render(self) -> Frame:
+    def _render(self, camera: str) -> Frame:
         self._make_current()
-        image = self._environment.sim.render(
-            camera_name=self.camera, width=self.image_size, height=self.image_size
-        )
+        image = self.environment.sim.render(camera_name=camera, width=self.image_size, height=self.image_size)
         # OpenGL's rows run upwards; like all published LIBERO data, turned by 180° rather than flipped.
         return np.ascontiguousarray(image[::-1, ::-1])
 
     def _make_current(self) -> None:
         # robosuite draws into whichever context was made last: wrong with two simulators in a process.
-        self._environment.sim._render_context_offscreen.gl_ctx.make_current()
+        self.environment.sim._render_context_offscreen.gl_ctx.make_current()
 
     def _checked_state(self, initial_state: int | ArrayLike) -> NDArray[np.float64]:
         if isinstance(initial_state, int | np.integer):
