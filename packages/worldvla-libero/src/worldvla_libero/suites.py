@@ -56,7 +56,7 @@ class Task:
     @property
     def language(self) -> str:
         """The instruction: the name without scene prefix and underscores. What we train and evaluate on."""
-        return _SCENE_PREFIX.sub("", self.name).replace("_", " ")
+        return instruction_of(self.name)
 
     @property
     def published_training_language(self) -> str:
@@ -257,6 +257,32 @@ def load_suite(name: str) -> Suite:
     if key not in SUITES:
         raise UnknownNameError(_unknown("suite", name, [*SUITES, *SUITE_ALIASES]))
     return Suite(key, tuple(Task(key, index, task) for index, task in enumerate(_task_map()[key])))
+
+
+def find_task(name: str, suite: str | None = None) -> Task:
+    """Look a task up by LIBERO's own name, in all suites.
+
+    Args:
+        name: such as `put_the_bowl_on_the_plate`.
+        suite: where to look first, for names that are in several suites; anything else is ignored.
+
+    Raises:
+        UnknownNameError: no suite has it.
+        LiberoNotInstalledError: LIBERO is not installed.
+    """
+    for key in sorted(SUITES, key=lambda key: key != suite):
+        names = _task_map()[key]
+        if name in names:
+            return Task(key, names.index(name), name)
+    every = [task for key in SUITES for task in _task_map()[key]]
+    close = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
+    guess = f" (did you mean {close[0]!r}?)" if close else ""
+    raise UnknownNameError(f"unknown task {name!r}{guess}; the tasks of {', '.join(SUITES)} are known")
+
+
+def instruction_of(name: str) -> str:
+    """The instruction that a task's name spells: without scene prefix and underscores."""
+    return _SCENE_PREFIX.sub("", name).replace("_", " ")
 
 
 def find_protocol(name: str) -> EvaluationProtocol:
