@@ -1,4 +1,4 @@
-"""Demonstrations in LIBERO's HDF5 layout, raw or with frames: one file per task, `data/demo_0`, `data/demo_1` …
+"""Demonstrations in LIBERO's HDF5 layout, raw or with frames: a file per task, with a group per episode.
 
 Two kinds of file are in use. LIBERO's own (and ours, from `worldvla collect`) name their scene in the attribute
 `bddl_file_name` and are meant to be replayed; what frames they hold are small and include pauses. Files that were
@@ -258,9 +258,7 @@ def _write(data: h5py.Group, episodes: Iterable[Episode], attributes: Mapping[st
 def _store(group: h5py.Group, name: str, array: NDArray) -> None:
     # One chunk per frame: whoever reads a few frames does not unpack all of them.
     chunks = (1, *array.shape[1:]) if array.ndim == 4 else True
-    group.create_dataset(
-        name, data=array, chunks=chunks, compression="gzip", compression_opts=4, track_times=False
-    )
+    group.create_dataset(name, data=array, chunks=chunks, compression="gzip", track_times=False)
 
 
 @contextmanager
