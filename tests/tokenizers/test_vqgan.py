@@ -259,10 +259,10 @@ def test_push_to_hub_uploads_what_is_saved(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     url = small().push_to_hub("lab/vqgan", private=True, token="t", revision="v2", commit_message="First")
     assert url.endswith("/commit/1")
-    options = {"revision": "v2", "commit_message": "First", "create_pr": False}
+    options = {"revision": "v2", "commit_message": "First", "create_pr": False, "repo_type": "model"}
     assert calls == [
-        ("create_repo", "t", "lab/vqgan", {"private": True, "exist_ok": True}),
-        ("create_branch", {"branch": "v2", "exist_ok": True}),
+        ("create_repo", "t", "lab/vqgan", {"private": True, "exist_ok": True, "repo_type": "model"}),
+        ("create_branch", {"branch": "v2", "exist_ok": True, "repo_type": "model"}),
         ("upload_folder", "lab/vqgan", {"config.json", "model.safetensors"}, SMALL, options),
     ]
 

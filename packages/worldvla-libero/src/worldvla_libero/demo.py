@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worldvla_libero.evaluation import installed_versions
 from worldvla_libero.report import ImaginedFrame, VideoWriter, save_demo_figure, side_by_side
 from worldvla_libero.rollout import ModelPolicy, Rollout, rollout
 from worldvla_libero.simulator import Frame, Simulator
 from worldvla_libero.suites import Task
+from worldvla_libero.versions import installed_versions
 from worldvla_tokenizers.files import write_text_atomic
 
 if TYPE_CHECKING:

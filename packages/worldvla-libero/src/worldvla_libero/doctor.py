@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from worldvla_libero import default_model_path
-from worldvla_libero.evaluation import installed_versions
 from worldvla_libero.suites import SUITES, LiberoNotInstalledError, libero_root, load_suite
+from worldvla_libero.versions import installed_versions
 
 # Success rates shift with the physics: the published ones were measured with these.
 PUBLISHED_VERSIONS = {"mujoco": "3.2.7", "robosuite": "1.4.0"}

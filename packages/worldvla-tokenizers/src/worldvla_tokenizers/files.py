@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 from uuid import uuid4
 
 # `name` or `organisation/name`, as the Hub spells repositories; anything else can only be a path.
@@ -180,6 +180,7 @@ def push_folder(
     revision: str | None = None,
     commit_message: str = "Upload",
     create_pr: bool = False,
+    repo_type: Literal["model", "dataset"] = "model",
 ) -> str:
     """Upload to the Hugging Face Hub, in one commit, what `save` writes into a folder.
 
@@ -191,6 +192,7 @@ def push_folder(
         revision: branch to commit to, made if it does not exist (default: main).
         commit_message: first line of the commit.
         create_pr: open a pull request instead of committing.
+        repo_type: what the repository holds.
 
     Returns:
         The address of the commit.
@@ -200,15 +202,16 @@ def push_folder(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(folder)  # first, so that a failure leaves no empty repository
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type).repo_id
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
             create_pr=create_pr,
+            repo_type=repo_type,
         )
     return commit.commit_url
 

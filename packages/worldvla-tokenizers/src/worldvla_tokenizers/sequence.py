@@ -344,12 +344,13 @@ def _sample(rounds: list[tuple[list[int], list[int]]], vocabulary: Vocabulary, r
     for prompt, answer in rounds:
         sample.ids.extend(prompt + answer)
         sample.labels.extend([IGNORED] * len(prompt))
-        sample.labels.extend(i if rule == "published" or _is_value(i, vocabulary) else IGNORED for i in answer)
+        sample.labels.extend(answer if rule == "published" else _values_only(answer, vocabulary))
     return sample
 
 
-def _is_value(token: int, vocabulary: Vocabulary) -> bool:
-    return token in vocabulary.image_range or token in vocabulary.action_range
+def _values_only(answer: Sequence[int], vocabulary: Vocabulary) -> list[int]:
+    codes, bins = vocabulary.image_range, vocabulary.action_range
+    return [i if i in codes or i in bins else IGNORED for i in answer]
 
 
 def _is_text(token: int, vocabulary: Vocabulary) -> bool:

@@ -1,0 +1,392 @@
+"""Long work over many episodes: one file per result, several processes, and a run that is killed goes on.
+
+A job lives in the hidden folder `.work` of its output. Every item ends there as one file, which appears whole or
+not at all: its result, or the record of why it was dropped. Who runs the same job again finds these and does the
+rest. What is made of the parts in the end depends on them alone, never on who made them when.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+
+from worldvla_libero.episodes import Dropped, EpisodeError, Reason
+from worldvla_tokenizers.files import write_text_atomic
+
+WORK_FOLDER = ".work"
+
+Executor = Literal["local", "ray"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_MANIFEST = "job.json"
+_LOCK = "lock"
+_DROPPED = ".dropped.json"
+_DRAFT = ".draft-"
+_TRIES = 2  # of an item whose worker was killed: the next one may have been luckier with memory
+
+
+class JobError(ValueError):
+    """A job that cannot go on in this folder: other settings, other content, or somebody else at work."""
+
+
+class StorageError(OSError):
+    """A result could not be written, for instance because the disk is full; what was written before stays."""
+
+
+class Job(Generic[Item, Result]):
+    """A job and the folder it fills.
+
+    Args:
+        out: output folder, made if need be.
+        record: name of the file that says the job has ended, such as `dataset.json`.
+        settings: all that the results depend on, as JSON; whoever goes on has to come with the same.
+
+    Raises:
+        JobError: `out` was filled or begun with other settings, holds something else, or is being worked on.
+
+    Example:
+        ```python
+        with Job(out, "dataset.json", settings) as job:
+            if not job.ended:
+                parts = job.run(items, work, store, suffix=".arrow", workers=4)
+                ...  # make the output of the parts
+                job.end({"episodes": len(parts)})
+        ```
+    """
+
+    def __init__(self, out: str | os.PathLike[str], record: str, settings: Mapping[str, Any]) -> None:
+        self.out = Path(out)
+        self.record = self.out / record
+        self.folder = self.out / WORK_FOLDER
+        self.settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+        self._lock = FileLock(self.folder / _LOCK)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the output is complete."""
+        return self.record.is_file()
+
+    def __enter__(self) -> Self:
+        if self.out.is_dir() and not self.ended and not self.folder.is_dir() and any(self.out.iterdir()):
+            raise JobError(f"{self.out} is not empty and holds no {self.record.name}; choose another folder")
+        if self.ended:
+            self._compare(self.record)
+            shutil.rmtree(self.folder, ignore_errors=True)  # it may have been killed after its last word
+            return self
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise JobError(
+                f"another process is at work in {self.out}; wait for it, or choose another folder"
+            ) from error
+        try:
+            manifest = self.folder / _MANIFEST
+            if manifest.is_file():
+                self._compare(manifest)
+            else:
+                write_text_atomic(manifest, json.dumps({"settings": self.settings}, indent=2) + "\n")
+            for draft in self.folder.glob(f"{_DRAFT}*"):
+                draft.unlink()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def run(
+        self,
+        items: Mapping[str, Item],
+        work: Callable[[Item], Result],
+        store: Callable[[Result, Path], None],
+        *,
+        suffix: str,
+        workers: int = 1,
+        strict: bool = False,
+        wanted: Callable[[str, Mapping[str, Path | Dropped]], bool] | None = None,
+        on_part: Callable[[str, Path | Dropped], None] | None = None,
+        executor: Executor = "local",
+        store_gpus: float = 0,
+    ) -> dict[str, Path | Dropped]:
+        """Do what is left of the items.
+
+        Args:
+            items: by the name their parts get.
+            work: makes the result of an item, in a worker process, to which it is pickled once.
+            store: writes a result to a path; in this process, or with Ray in one of its own.
+            suffix: of the parts.
+            workers: how many processes work.
+            strict: raise at the first item that is dropped.
+            wanted: called before an item is begun, with all parts so far; False leaves it out.
+            on_part: called with every part, those of earlier runs first.
+            executor: `local`, or `ray` for Ray Data on the cluster that `ray.init` finds; every node needs the
+                output folder at the same path.
+            store_gpus: with Ray, share of a GPU for the storing process.
+
+        Returns:
+            The file of each result, or why there is none, in the order of `items`.
+
+        Raises:
+            EpisodeError: with `strict`, the first item that was dropped.
+            StorageError: a part could not be written.
+            ValueError: `workers` is below 1.
+        """
+        if workers < 1:
+            raise ValueError(f"workers is {workers}; allowed: 1 and above")
+        parts: dict[str, Path | Dropped] = {}
+        for name in items:
+            part = _existing(self.folder, name, suffix)
+            if part is not None:
+                parts[name] = part
+                if on_part:
+                    on_part(name, part)
+        left = {name: item for name, item in items.items() if name not in parts}
+        if executor == "ray":
+            if wanted is not None:
+                raise ValueError("Ray begins all items at once; 'wanted' needs the local executor")
+            done = self._run_on_ray(left, work, store, suffix, workers, store_gpus)
+        else:
+            done = self._run_here(left, work, store, suffix, workers, lambda n: wanted is None or wanted(n, parts))
+        for name, part in done:
+            parts[name] = part
+            if on_part:
+                on_part(name, part)
+            if strict and isinstance(part, Dropped):
+                done.close()
+                raise EpisodeError(Reason(part.reason), part.message)
+        return {name: parts[name] for name in items if name in parts}
+
+    def end(self, content: Mapping[str, Any]) -> None:
+        """Write the record that says the output is complete, and remove the parts."""
+        text = json.dumps({"settings": self.settings, **content}, indent=2, ensure_ascii=False)
+        write_text_atomic(self.record, text + "\n")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _run_here(
+        self,
+        items: Mapping[str, Item],
+        work: Callable[[Item], Result],
+        store: Callable[[Result, Path], None],
+        suffix: str,
+        workers: int,
+        wanted: Callable[[str], bool],
+    ) -> Generator[tuple[str, Path | Dropped], None, None]:
+        waiting = list(items.items())[::-1]
+        tries: dict[str, int] = {}
+        idle = [_Worker(work) for _ in range(min(workers, len(items)))]
+        busy: dict[Any, _Worker] = {}
+
+        def begin() -> None:
+            while waiting and idle:
+                name, item = waiting.pop()
+                if wanted(name):
+                    worker = idle.pop()
+                    worker.begin(name, item)
+                    busy[worker.connection] = worker
+
+        try:
+            begin()
+            while busy:
+                results = []
+                for connection in wait(list(busy)):
+                    worker = busy.pop(connection)
+                    name = worker.name
+                    try:
+                        results.append((name, worker.result()))
+                        idle.append(worker)
+                    except WorkerKilledError as error:
+                        idle.append(_Worker(work))
+                        tries[name] = tries.get(name, 0) + 1
+                        if tries[name] < _TRIES:
+                            waiting.append((name, items[name]))
+                        else:
+                            message = f"{name}: {error}, {_TRIES} times"
+                            # Not kept: the machine's fault, not the item's. Another run tries it again.
+                            yield name, Dropped(name, str(Reason.WORKER_KILLED), message)
+                begin()  # before this process is busy storing
+                for name, result in results:
+                    yield name, _keep(self.folder, name, suffix, result, store)
+        finally:
+            for worker in [*idle, *busy.values()]:
+                worker.stop()
+
+    def _run_on_ray(
+        self,
+        items: Mapping[str, Item],
+        work: Callable[[Item], Result],
+        store: Callable[[Result, Path], None],
+        suffix: str,
+        workers: int,
+        store_gpus: float,
+    ) -> Generator[tuple[str, Path | Dropped], None, None]:
+        try:
+            import ray.data
+        except ImportError as error:
+            raise ImportError("executor 'ray' needs Ray; remedy: pip install 'worldvla-libero[ray]'") from error
+        if not items:
+            return
+        # Ray moves rows of Arrow; results travel pickled, as they do between local processes.
+        rows = ray.data.from_items(
+            [{"name": name, "item": pickle.dumps(item)} for name, item in items.items()],
+            override_num_blocks=len(items),
+        )
+        results = rows.map(_RayWork, fn_constructor_args=(work,), num_cpus=1, concurrency=workers)
+        kept = results.map(
+            _RayStore,
+            fn_constructor_args=(self.folder.absolute(), suffix, store),
+            num_gpus=store_gpus,
+            concurrency=1,
+        )
+        for row in kept.iter_rows():
+            part = _existing(self.folder, row["name"], suffix)
+            assert part is not None  # written by the row's process; a shared folder is a condition
+            yield row["name"], part
+
+    def _compare(self, path: Path) -> None:
+        found = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        if found == self.settings:
+            return
+        names = [key for key in {**found, **self.settings} if found.get(key) != self.settings.get(key)]
+        described = "; ".join(f"{key} was {found.get(key)!r}, now {self.settings.get(key)!r}" for key in names)
+        raise JobError(
+            f"{self.out} was begun with other settings ({described}); choose another folder or delete it"
+        )
+
+
+def attempt(work: Callable[[Item], Result], item: Item) -> Result | Dropped:
+    """Work on an item; one that cannot be used comes back as the record of why."""
+    try:
+        return work(item)
+    except EpisodeError as error:
+        return Dropped.because(str(getattr(item, "id", item)), error)
+
+
+def _existing(folder: Path, name: str, suffix: str) -> Path | Dropped | None:
+    dropped, part = folder / f"{name}{_DROPPED}", folder / f"{name}{suffix}"
+    if dropped.is_file():
+        return Dropped(**json.loads(dropped.read_text(encoding="utf-8")))
+    return part if part.is_file() else None
+
+
+def _keep(
+    folder: Path, name: str, suffix: str, result: Result | Dropped, store: Callable[[Result, Path], None]
+) -> Path | Dropped:
+    """Write a part, whole or not at all."""
+    target = folder / f"{name}{_DROPPED if isinstance(result, Dropped) else suffix}"
+    draft = folder / f"{_DRAFT}{uuid4().hex}{suffix}"
+    try:
+        if isinstance(result, Dropped):
+            draft.write_text(json.dumps(result._asdict(), ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            store(result, draft)
+        os.replace(draft, target)
+    except OSError as error:
+        raise StorageError(
+            f"{name}: cannot be written to {folder} ({error.strerror or error}); what was stored before stays: "
+            "run the same command again once that is mended"
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return result if isinstance(result, Dropped) else target
+
+
+class _RayWork:
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        _prepare_worker()
+        self.work = work
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"name": row["name"], "result": pickle.dumps(attempt(self.work, pickle.loads(row["item"])))}  # noqa: S301
+
+
+class _RayStore:
+    def __init__(self, folder: Path, suffix: str, store: Callable[[Any, Path], None]) -> None:
+        self.folder, self.suffix, self.store = folder, suffix, store
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        _keep(self.folder, row["name"], self.suffix, pickle.loads(row["result"]), self.store)  # noqa: S301
+        return {"name": row["name"]}
+
+
+class WorkerKilledError(RuntimeError):
+    """A worker process ended before it had answered."""
+
+
+class _Worker:
+    """A process with a pipe of its own: one that is killed, even while it answers, cannot block the others."""
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        context = get_context("spawn")  # OpenGL and CUDA do not survive a fork
+        self.connection, far = context.Pipe()
+        self.process = context.Process(target=_serve, args=(far, work), daemon=True)
+        self.process.start()
+        far.close()  # so that the end of the process is the end of the pipe
+        self.name = ""
+
+    def begin(self, name: str, item: Any) -> None:
+        self.name = name
+        with suppress(BrokenPipeError):  # it has died; `result` says so
+            self.connection.send(item)
+
+    def result(self) -> Any:
+        try:
+            result, error = self.connection.recv()
+        except (EOFError, ConnectionResetError) as gone:
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+            raise WorkerKilledError(f"the worker process ended ({how})") from gone
+        if error is not None:
+            raise error
+        return result
+
+    def stop(self) -> None:
+        self.process.kill()  # it holds nothing that could be half done: this process writes all files
+        self.process.join()
+        self.connection.close()
+
+
+def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
+    _prepare_worker()
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:  # the parent is gone
+            return
+        try:
+            answer: tuple[Any, Exception | None] = attempt(work, item), None
+        except Exception as error:  # noqa: BLE001 -- the parent raises it
+            error.add_note("".join(traceback.format_exception(error)))  # tracebacks do not travel
+            answer = None, error
+        try:
+            connection.send(answer)
+        except BrokenPipeError:
+            return
+
+
+def _prepare_worker() -> None:
+    # One thread each: several workers that draw with all cores' threads only get in each other's way.
+    for variable in ("LP_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
