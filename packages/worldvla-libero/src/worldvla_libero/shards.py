@@ -266,8 +266,7 @@ def write_episodes(path: Path, episodes: Iterable[TokenEpisode], metadata: Mappi
 
 def read_episodes(path: Path) -> tuple[list[TokenEpisode], dict[str, Any]]:
     """Episodes and metadata of one file that `write_episodes` wrote."""
-    table, metadata = _mapped(path)
-    batches = [_Batch(batch) for batch in table.to_batches()]
+    batches, metadata = _mapped(path)
     return [batch.episode(i) for batch in batches for i in range(len(batch))], metadata
 
 
@@ -329,23 +328,23 @@ def _row(episode: TokenEpisode) -> dict[str, Any]:
 
 
 def _batches(path: Path, fingerprint: str) -> list[_Batch]:
-    table, metadata = _mapped(path)
+    batches, metadata = _mapped(path)
     found = metadata.get("fingerprint", "none")
     if found != fingerprint:
         raise ShardError(
             f"{path} belongs to another data set: its fingerprint is {found[:12]}, not {fingerprint[:12]}"
         )
-    return [_Batch(batch) for batch in table.to_batches()]
+    return batches
 
 
-def _mapped(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    from datasets import Dataset
-
+def _mapped(path: Path) -> tuple[list[_Batch], dict[str, Any]]:
+    """Record batches of a file in `datasets`' own format, mapped; and our metadata, which `datasets` drops."""
     if not path.is_file():
         raise ShardError(f"shard {path} is missing")
     try:
-        table = Dataset.from_file(str(path)).data.table
-        return table, json.loads(table.schema.metadata[_METADATA_KEY])
+        reader = pa.ipc.open_stream(pa.memory_map(str(path)))
+        metadata = json.loads((reader.schema.metadata or {})[_METADATA_KEY])
+        return [_Batch(batch) for batch in reader], metadata
     except (pa.ArrowInvalid, KeyError, OSError) as error:
         raise ShardError(f"{path} is truncated, or no shard: {' '.join(str(error).split())}") from error
 

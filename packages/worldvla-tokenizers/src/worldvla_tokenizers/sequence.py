@@ -12,9 +12,10 @@ just generated is the current frame of the next round, so it is not repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -169,7 +170,7 @@ def action_prompt(text: Sequence[int], images: Sequence[ArrayLike], vocabulary: 
     if len(images) == 0:
         raise SequenceError("0 images in the prompt; at least 1 needed")
     blocks = [image_block(codes, vocabulary) for codes in images]
-    return [vocabulary.bos, *_text(text, vocabulary), *_flat(blocks), vocabulary.eot]
+    return [vocabulary.bos, *_text(text, vocabulary), *chain.from_iterable(blocks), vocabulary.eot]
 
 
 def world_prompt(
@@ -193,7 +194,7 @@ def world_prompt(
         [*image_block(codes, vocabulary), *action_block(ids, vocabulary)]
         for codes, ids in zip(images, actions, strict=True)
     )
-    return [vocabulary.bos, *_text(text, vocabulary), *_flat(pairs), vocabulary.eot]
+    return [vocabulary.bos, *_text(text, vocabulary), *chain.from_iterable(pairs), vocabulary.eot]
 
 
 def action_sample(
@@ -219,7 +220,7 @@ def action_sample(
     actions = _actions(actions)
     if len(actions) == 0:
         raise SequenceError("0 actions to predict; at least 1 needed")
-    answer = [*_flat(action_block(ids, vocabulary) for ids in actions), vocabulary.eot]
+    answer = [*chain.from_iterable(action_block(ids, vocabulary) for ids in actions), vocabulary.eot]
     return _sample([(action_prompt(text, images, vocabulary), answer)], vocabulary, labels)
 
 
@@ -280,7 +281,7 @@ def video_sample(
     """
     if len(next_images) == 0:
         raise SequenceError("0 frames to predict; at least 1 needed")
-    answer = [*_flat(image_block(codes, vocabulary) for codes in next_images), vocabulary.eot]
+    answer = [*chain.from_iterable(image_block(codes, vocabulary) for codes in next_images), vocabulary.eot]
     return _sample([(action_prompt(text, images, vocabulary), answer)], vocabulary, labels)
 
 
@@ -369,10 +370,6 @@ def _actions(actions: ArrayLike) -> NDArray[np.int64]:
     if array.ndim != 2:
         raise SequenceError(f"action ids have shape {array.shape}; (number of actions, D) needed")
     return array
-
-
-def _flat(blocks: Sequence[list[int]] | Iterator[list[int]]) -> Iterator[int]:
-    return (token for block in blocks for token in block)
 
 
 def _only(token: int) -> range:

@@ -286,11 +286,11 @@ def _shift(values: ArrayLike | Iterable[int], allowed: range, offset: int, what:
     array = np.asarray(values)
     if array.size == 0:
         return array.astype(np.int64)
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise VocabularyError(f"{what}s are {array.dtype}; integers are needed")
     array = array.astype(np.int64)
-    outside = (array < allowed.start) | (array >= allowed.stop)
-    if outside.any():
+    if array.min() < allowed.start or array.max() >= allowed.stop:
+        outside = (array < allowed.start) | (array >= allowed.stop)
         where = tuple(int(i) for i in np.argwhere(outside)[0])
         raise VocabularyError(
             f"{what} {int(array[where])} at index {where} is outside {allowed.start} … {allowed.stop - 1}"
