@@ -278,24 +278,22 @@ def split(
     return _SPLIT_RULES[rule](by_task, fraction, seed)
 
 
-def fit_bounds(
-    actions: Mapping[str, NDArray[np.float64]], splits: Mapping[str, str], *, quantile: float | None = None
-) -> ActionTokenizer:
+def fit_bounds(training: Iterable[NDArray[np.float64]], *, quantile: float | None = None) -> ActionTokenizer:
     """Fit the bounds of the action bins to the training split alone.
 
     Args:
-        actions: (T, D) of each episode, by id.
-        splits: the split of each id.
+        training: (T, D) actions of each training episode; for minimum and maximum one at a time is in memory.
         quantile: None for minimum and maximum; else see `ActionTokenizer.fit`.
 
     Raises:
         SplitError: no episode trains.
         ActionError: the quantile is out of range.
     """
-    training = [actions[id] for id in sorted(actions) if splits[id] == "train"]
-    if not training:
-        raise SplitError(f"none of {len(actions)} episodes is in the training split")
-    return ActionTokenizer.fit(np.concatenate(training), quantile)
+    ranges = quantile is None
+    chosen = [np.stack([a.min(axis=0), a.max(axis=0)]) if ranges else a for a in training]
+    if not chosen:
+        raise SplitError("no episode is in the training split; bounds are fitted to that alone")
+    return ActionTokenizer.fit(np.concatenate(chosen), quantile)
 
 
 def _paper_split(by_task: Mapping[str, Sequence[str]], fraction: float, seed: int) -> dict[str, str]:
