@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from worldvla_libero import default_model_path
+from worldvla_libero.cli_data import collect, prepare, replay
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -255,6 +256,9 @@ def doctor() -> int:
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
+    "collect": collect,
+    "replay": replay,
+    "prepare": prepare,
     "evaluate": evaluate,
     "convert": convert,
     "doctor": doctor,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -219,6 +221,11 @@ def moving(actions: ArrayLike) -> NDArray[np.bool_]:
         if kept[t]:
             gripper = action[-1]
     return kept
+
+
+def digest(keys: Iterable[NamedTuple]) -> str:
+    """SHA-256 of a listing, in hexadecimal: whether two runs mean the same episodes."""
+    return hashlib.sha256(json.dumps([list(key) for key in keys]).encode()).hexdigest()
 
 
 def spread(keys: Sequence[EpisodeKey], limit: int | None) -> list[EpisodeKey]:

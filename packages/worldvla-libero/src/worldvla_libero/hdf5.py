@@ -150,13 +150,7 @@ class HDF5Source:
         return relative.removesuffix(file.suffix)
 
 
-def write_demonstrations(
-    path: str | os.PathLike[str],
-    episodes: Iterable[Episode],
-    *,
-    attributes: Mapping[str, Any] | None = None,
-    rewards: bool = True,
-) -> int:
+def write_demonstrations(path: str | os.PathLike[str], episodes: Iterable[Episode]) -> int:
     """Write episodes of one task in LIBERO's layout, whole or not at all, one episode in memory at a time.
 
     Frames are stored as OpenGL draws them, as in LIBERO's own files, so that the readers of the field turn them.
@@ -164,10 +158,8 @@ def write_demonstrations(
 
     Args:
         path: of the file, `<task>_demo.hdf5`.
-        episodes: of one task; `demo_0`, `demo_1` … in this order. Of `robot_states`, LIBERO's 8 values become
-            `obs/ee_states` and `obs/gripper_states` where there are frames; 9 values are stored as they are.
-        attributes: of the group `data`, such as `bddl_file_name` for raw demonstrations.
-        rewards: write `rewards` and `dones`, 1 at the last step: the episodes end in success.
+        episodes: of one task, each ending in success; `demo_0`, `demo_1` … in this order. LIBERO's 8 values of
+            `robot_states` become `obs/ee_states` and `obs/gripper_states`; others are stored as they are.
 
     Returns:
         How many episodes were written.
@@ -176,16 +168,56 @@ def write_demonstrations(
         EpisodeError: there is no episode, or they have different instructions.
         OSError: the disk is full, or the file cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with h5py.File(draft, "w") as content:
-            count = _write(content.create_group("data"), episodes, attributes or {}, rewards)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with _created(path) as data:
+        count = 0
+        for episode in episodes:
+            if not count:
+                data.attrs["problem_info"] = json.dumps({"language_instruction": episode.instruction})
+                data.attrs["control_hz"] = episode.control_hz
+                for name, version in sorted(episode.versions.items()):
+                    data.attrs[name] = version
+                instruction = episode.instruction
+            elif episode.instruction != instruction:
+                raise EpisodeError(
+                    Reason.MISSING_KEY,
+                    f"{episode.id}: its instruction is {episode.instruction!r}, the file's {instruction!r}; one "
+                    "file holds one task",
+                )
+            _write_demo(data.create_group(f"demo_{count}"), episode)
+            count += 1
+        data.attrs["num_demos"] = count
     return count
+
+
+def merge_demonstrations(
+    path: str | os.PathLike[str], files: Iterable[Path], *, attributes: Mapping[str, Any] | None = None
+) -> int:
+    """Put the demonstrations of several files of one task into one, numbered anew, whole or not at all.
+
+    Args:
+        path: of the file, `<task>_demo.hdf5`.
+        files: in the order wanted.
+        attributes: further ones of the group `data`, such as `bddl_file_name` for raw demonstrations.
+
+    Returns:
+        The steps of all episodes.
+
+    Raises:
+        EpisodeError: there is no demonstration, or a file is damaged.
+        OSError: the disk is full, or the file cannot be written.
+    """
+    with _created(path) as data:
+        count = steps = 0
+        for file in files:
+            with _opened(file) as content:
+                for name in sorted(content["data"], key=_natural):
+                    content.copy(f"data/{name}", data, name=f"demo_{count}")
+                    steps += int(content["data"][name].attrs["num_samples"])
+                    count += 1
+                if "problem_info" not in data.attrs:
+                    data.attrs.update(dict(content["data"].attrs))
+        data.attrs.update({**(attributes or {}), "num_demos": count, "total": steps})
+    return steps
 
 
 def quaternion_to_axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -206,53 +238,47 @@ def proprioception(robot_states: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([position, quaternion_to_axis_angle(quaternion), fingers], axis=1)
 
 
-def _write(data: h5py.Group, episodes: Iterable[Episode], attributes: Mapping[str, Any], rewards: bool) -> int:
-    count, instruction = 0, None
-    for episode in episodes:
-        if instruction is None:
-            instruction = episode.instruction
-            data.attrs["control_hz"] = episode.control_hz
-            data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
-            for name, version in sorted(episode.versions.items()):
-                data.attrs[name] = version
-        elif episode.instruction != instruction:
-            raise EpisodeError(
-                Reason.MISSING_KEY,
-                f"{episode.id}: its instruction is {episode.instruction!r}, the file's {instruction!r}; one file "
-                "holds one task",
-            )
-        demo = data.create_group(f"demo_{count}")
-        demo.attrs["num_samples"] = len(episode)
-        if episode.seed is not None:
-            demo.attrs["seed"] = episode.seed
-        _store(demo, "actions", episode.actions)
-        if episode.states is not None:
-            _store(demo, "states", episode.states)
-        if rewards:
-            last = np.zeros(len(episode), dtype=np.uint8)
-            last[-1:] = 1
-            _store(demo, "rewards", last)
-            _store(demo, "dones", last)
-        robot = episode.robot_states
-        if robot is not None and robot.shape[1] != 8:
-            _store(demo, "robot_states", robot)
-            robot = None
-        if episode.frames or robot is not None:
-            observed = demo.create_group("obs")
-            if robot is not None:
-                _store(observed, "ee_states", robot[:, :6])
-                _store(observed, "gripper_states", robot[:, 6:])
-            names = {camera: key for key, camera in LIBERO_CAMERAS.items()}
-            for camera, frames in episode.frames.items():
-                key = names.get(camera, camera)
-                _store(observed, key, frames[:, ::-1, ::-1] if key in LIBERO_CAMERAS else frames)
-        count += 1
-    if not count:
-        raise EpisodeError(Reason.TOO_SHORT, "no episode to write")
-    data.attrs["num_demos"] = count
-    for name, value in attributes.items():
-        data.attrs[name] = value
-    return count
+@contextmanager
+def _created(path: str | os.PathLike[str]) -> Iterator[h5py.Group]:
+    """The group `data` of a new file, which takes its name only if the block ends well and left something."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with h5py.File(draft, "w") as content:
+            data = content.create_group("data")
+            yield data
+            if not len(data):
+                raise EpisodeError(Reason.TOO_SHORT, f"{path}: no episode to write")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _write_demo(demo: h5py.Group, episode: Episode) -> None:
+    demo.attrs["num_samples"] = len(episode)
+    if episode.seed is not None:
+        demo.attrs["seed"] = episode.seed
+    last = np.zeros(len(episode), dtype=np.uint8)
+    last[-1:] = 1
+    arrays: dict[str, NDArray | None] = {
+        "actions": episode.actions,
+        "states": episode.states,
+        "rewards": last,
+        "dones": last,
+    }
+    robot = episode.robot_states
+    if robot is not None and robot.shape[1] == 8:
+        arrays |= {"obs/ee_states": robot[:, :6], "obs/gripper_states": robot[:, 6:]}
+    else:
+        arrays["robot_states"] = robot
+    names = {camera: key for key, camera in LIBERO_CAMERAS.items()}
+    for camera, frames in episode.frames.items():
+        key = names.get(camera, camera)
+        arrays[f"obs/{key}"] = frames[:, ::-1, ::-1] if key in LIBERO_CAMERAS else frames
+    for name, array in arrays.items():
+        if array is not None:
+            _store(demo, name, array)
 
 
 def _store(group: h5py.Group, name: str, array: NDArray) -> None:

@@ -118,7 +118,7 @@ class Job(Generic[Item, Result]):
         self,
         items: Mapping[str, Item],
         work: Callable[[Item], Result],
-        store: Callable[[Result, Path], None],
+        store: Callable[[Result, Path], object],
         *,
         suffix: str,
         workers: int = 1,
@@ -176,6 +176,10 @@ class Job(Generic[Item, Result]):
                 raise EpisodeError(Reason(part.reason), part.message)
         return {name: parts[name] for name in items if name in parts}
 
+    def content(self) -> dict[str, Any]:
+        """The record of the job that has ended, its settings included."""
+        return json.loads(self.record.read_text(encoding="utf-8"))
+
     def end(self, content: Mapping[str, Any]) -> None:
         """Write the record that says the output is complete, and remove the parts."""
         text = json.dumps({"settings": self.settings, **content}, indent=2, ensure_ascii=False)
@@ -186,7 +190,7 @@ class Job(Generic[Item, Result]):
         self,
         items: Mapping[str, Item],
         work: Callable[[Item], Result],
-        store: Callable[[Result, Path], None],
+        store: Callable[[Result, Path], object],
         suffix: str,
         workers: int,
         wanted: Callable[[str], bool],
@@ -234,7 +238,7 @@ class Job(Generic[Item, Result]):
         self,
         items: Mapping[str, Item],
         work: Callable[[Item], Result],
-        store: Callable[[Result, Path], None],
+        store: Callable[[Result, Path], object],
         suffix: str,
         workers: int,
         store_gpus: float,
@@ -289,7 +293,7 @@ def _existing(folder: Path, name: str, suffix: str) -> Path | Dropped | None:
 
 
 def _keep(
-    folder: Path, name: str, suffix: str, result: Result | Dropped, store: Callable[[Result, Path], None]
+    folder: Path, name: str, suffix: str, result: Result | Dropped, store: Callable[[Result, Path], object]
 ) -> Path | Dropped:
     """Write a part, whole or not at all."""
     target = folder / f"{name}{_DROPPED if isinstance(result, Dropped) else suffix}"
@@ -320,7 +324,7 @@ class _RayWork:
 
 
 class _RayStore:
-    def __init__(self, folder: Path, suffix: str, store: Callable[[Any, Path], None]) -> None:
+    def __init__(self, folder: Path, suffix: str, store: Callable[[Any, Path], object]) -> None:
         self.folder, self.suffix, self.store = folder, suffix, store
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

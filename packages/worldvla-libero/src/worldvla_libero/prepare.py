@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ from worldvla_libero.episodes import (
     Source,
     SplitRule,
     check_episode,
+    digest,
     fit_bounds,
     split,
     spread,
@@ -349,13 +348,12 @@ def _first_width(source: Source, keys: Sequence[EpisodeKey]) -> int:
 
 def _resolved(plan: Plan, tokenizer: str, settings: PrepareSettings) -> dict[str, Any]:
     """All that the data set depends on; its fingerprint is theirs."""
-    listing = json.dumps([*plan.keys, *plan.unreadable]).encode()
     return {
         "format": 1,
         "image_tokenizer": tokenizer,
         "image_size": settings.image_size,
         "batch_size": settings.batch_size,
-        "episodes": hashlib.sha256(listing).hexdigest(),
+        "episodes": digest([*plan.keys, *plan.unreadable]),
         "camera": plan.camera,
         "replay": asdict(replace(settings.replay, cameras=(plan.camera,))) if plan.replayed else None,
         "simulator": installed_versions(SIMULATOR) if plan.replayed else None,
@@ -487,8 +485,9 @@ fly; `index.html` shows what is inside.
 | split | episodes | steps |
 |---|---:|---:|
 {table}
-Frames of camera `{settings["camera"]}` at about {size} x {size} pixels, tokenized by the VQ-GAN with fingerprint `{settings["image_tokenizer"]}`; {len(record["dropped"])} episodes or files were dropped
-(`dataset.json` says which, and why). Bounds of the action bins are in `action_tokenizer.json`, fitted to `train`.
+Frames of camera `{settings["camera"]}` at about {size} x {size} pixels, tokenized by the VQ-GAN with fingerprint
+`{settings["image_tokenizer"]}`. {len(record["dropped"])} episodes or files were dropped; `dataset.json` says which
+and why. Bounds of the action bins are in `action_tokenizer.json`, fitted to `train`.
 
 ```python
 from worldvla_libero import ActionSamples, TokenDataset, TokenSamples

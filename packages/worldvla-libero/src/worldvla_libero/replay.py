@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worldvla_libero.episodes import Episode, EpisodeError, Frames, Reason, check_episode, moving
-from worldvla_libero.hdf5 import proprioception
+from worldvla_libero.episodes import (
+    Dropped,
+    Episode,
+    EpisodeError,
+    EpisodeKey,
+    Frames,
+    Reason,
+    Source,
+    check_episode,
+    digest,
+    moving,
+)
+from worldvla_libero.hdf5 import HDF5Source, merge_demonstrations, proprioception, write_demonstrations
+from worldvla_libero.jobs import WORK_FOLDER, Executor, Job
+from worldvla_libero.lerobot import write_lerobot
 from worldvla_libero.simulator import ACTION_DIM, Simulator
 from worldvla_libero.suites import OPENVLA, InitialStateError, UnknownNameError, find_task
 from worldvla_libero.versions import SIMULATOR, installed_versions
+
+RECORD_FILE = "replay.json"
+
+Format = Literal["lerobot", "lerobot-video", "hdf5"]
 
 
 @dataclass(frozen=True)
@@ -130,3 +153,131 @@ class Replayer:
             protocol = replace(OPENVLA, wait_steps=self.settings.wait_steps, image_size=self.settings.image_size)
             self._simulator = Simulator(task, protocol, cameras=self.settings.cameras)
         return self._simulator
+
+
+def replay(
+    source: Source,
+    keys: Sequence[EpisodeKey],
+    out: str | os.PathLike[str] | None,
+    settings: ReplaySettings = ReplaySettings(),
+    *,
+    format: Format = "lerobot",
+    workers: int = 1,
+    strict: bool = False,
+    executor: Executor = "local",
+    on_part: Callable[[str, Path | Dropped], None] | None = None,
+) -> dict[str, Any]:
+    """Replay demonstrations into frames that the rest of the field can use, or only see which still succeed.
+
+    Killed at any moment, the same call goes on where it was; the result is the same to the byte.
+
+    Args:
+        source: raw demonstrations.
+        keys: those of its episodes to replay.
+        out: folder to fill, made if need be; None to replay without rendering, for the report alone.
+        settings: how.
+        format: `lerobot` is a LeRobotDataset v3 with lossless images, `lerobot-video` one with H.264 videos, and
+            `hdf5` a file per task as OpenVLA's users have them.
+        workers: processes.
+        strict: stop at the first episode that has to be dropped.
+        executor: see `Job.run`.
+        on_part: called for every episode that is done, with its part or why it was dropped.
+
+    Returns:
+        Per task how many episodes were replayed and kept, and all that were dropped; as in `replay.json`.
+
+    Raises:
+        EpisodeError: with `strict`, the first episode dropped; without, if none is left.
+        JobError: `out` holds something else, or a replay with other settings.
+        StorageError: the disk is full, or a file cannot be written; what is done stays.
+    """
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            blind = replace(settings, render=False)
+            return _replay(source, keys, Path(folder), blind, None, workers, strict, executor, on_part)
+    return _replay(source, keys, Path(out), settings, format, workers, strict, executor, on_part)
+
+
+class _LoadAndReplay:
+    def __init__(self, source: Source, settings: ReplaySettings) -> None:
+        self.source, self.replayer = source, Replayer(settings, suite=source.name)
+
+    def __call__(self, key: EpisodeKey) -> Episode:
+        return self.replayer(self.source.read(key.id))
+
+
+def _replay(
+    source: Source,
+    keys: Sequence[EpisodeKey],
+    out: Path,
+    settings: ReplaySettings,
+    format: Format | None,
+    workers: int,
+    strict: bool,
+    executor: Executor,
+    on_part: Callable[[str, Path | Dropped], None] | None,
+) -> dict[str, Any]:
+    resolved = {
+        "episodes": digest(keys),
+        "format": format,
+        "replay": asdict(settings),
+        "simulator": installed_versions(SIMULATOR),
+    }
+    items = {f"{number:06d}": key for number, key in enumerate(keys)}
+    with Job[EpisodeKey, Episode](out, RECORD_FILE, resolved) as job:
+        if job.ended:
+            return job.content()
+        parts = job.run(
+            items,
+            _LoadAndReplay(source, settings),
+            _store_length if format is None else _store_episode,
+            suffix=".json" if format is None else ".hdf5",
+            workers=workers,
+            strict=strict,
+            on_part=on_part,
+            executor=executor,
+        )
+        kept = {items[name]: part for name, part in parts.items() if isinstance(part, Path)}
+        dropped = [part for part in parts.values() if isinstance(part, Dropped)]
+        if format == "hdf5":
+            for task in sorted({key.task for key in kept}):
+                merge_demonstrations(out / f"{task}_demo.hdf5", [p for key, p in kept.items() if key.task == task])
+        elif format is not None:
+            _write_lerobot(out, kept, settings, video=format == "lerobot-video")
+        record = {
+            "tasks": {
+                task: {
+                    "replayed": sum(key.task == task for key in keys),
+                    "kept": sum(key.task == task for key in kept),
+                }
+                for task in sorted({key.task for key in keys})
+            },
+            "dropped": [part._asdict() for part in dropped],
+        }
+        job.end(record)
+        return job.content()
+
+
+def _store_length(episode: Episode, path: Path) -> None:
+    path.write_text(json.dumps({"steps": len(episode)}), encoding="utf-8")
+
+
+def _store_episode(episode: Episode, path: Path) -> None:
+    write_demonstrations(path, [episode])
+
+
+def _write_lerobot(out: Path, parts: Mapping[EpisodeKey, Path], settings: ReplaySettings, *, video: bool) -> None:
+    """Write the data set beside the parts, then move it to its place; a run killed here does it once more."""
+
+    def episodes() -> Iterator[Episode]:
+        for key, part in parts.items():
+            source = HDF5Source(part)
+            (only,), _ = source.list()
+            yield replace(source.read(only.id, settings.cameras), id=key.id, task=key.task)
+
+    staged = out / WORK_FOLDER / "lerobot"
+    shutil.rmtree(staged, ignore_errors=True)
+    write_lerobot(episodes(), staged, video=video)
+    for folder in sorted(staged.iterdir()):
+        shutil.rmtree(out / folder.name, ignore_errors=True)
+        os.replace(folder, out / folder.name)
