@@ -31,7 +31,8 @@ def collect(
 ) -> int:
     """Let scripted experts demonstrate a suite in the simulator; write LIBERO's HDF5, one file per task.
 
-    Start states are drawn by the simulator, never those kept for evaluation. Interrupted, the same command goes on.
+    Start states are drawn by the simulator, never those kept for evaluation. Interrupted, the same command goes
+    on.
 
     Args:
         suite: Suite, such as libero_object.
@@ -218,9 +219,10 @@ def prepare(
     )
     planned = plan(demonstrations, settings, limit=limit)
     free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    rendered = f"replayed at {settings.replay.image_size} px, " if planned.replayed else ""
     console.print(
-        f"{len(planned.keys):,} episodes, {planned.steps:,} steps of {demonstrations.name}, camera {planned.camera}, "
-        f"{f'replayed at {settings.replay.image_size} px, ' if planned.replayed else ''}tokenized at {size} px: "
+        f"{len(planned.keys):,} episodes, {planned.steps:,} steps of {demonstrations.name}, "
+        f"camera {planned.camera}, {rendered}tokenized at {size} px: "
         f"about {_megabytes(planned.bytes_final)} of shards, {_megabytes(planned.bytes_peak)} on the way, "
         f"{_megabytes(free)} free",
         highlight=False,
