@@ -32,11 +32,8 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 _GREY = "#666666"
 
 _FIGURE_SIZE = (3.7, 1.5)  # inches; about as wide as a column of the page, so that letters keep their size
-_SMALLEST_SHARE = 1e-5  # where the logarithmic axes begin
 _LENGTH_BINS = 40
-_OPEN_TASKS = 12  # with more, each task's previews are folded away
-_OPEN_DROPPED = 20  # with more, the list of what was left out is folded away
-_INSTRUCTIONS_SHOWN = 3  # of one task
+_UNFOLDED = 20  # tasks with previews, or rows of what was left out; more are folded away
 
 
 @dataclass(frozen=True)
@@ -69,17 +66,17 @@ def data_page(
     Args:
         record: content of `dataset.json`. Needed: `splits`. Shown if there: `name`, `fingerprint`, `settings`,
             `dropped`, `versions`; `control_hz`, in the record or its settings, turns steps into seconds, and
-            `action_names` likewise names the D dimensions.
+            `action_names`, likewise, names the D dimensions.
         episodes: name of the split and episode, read once; one episode is in memory at a time.
         actions: bounds and bins, fitted to the training split.
         previews: episodes to show, in this order.
 
     Returns:
-        HTML; names, instructions and messages are escaped.
+        HTML; all words that come from the data are escaped.
 
     Raises:
         ValueError: an episode is of a split that the record lacks, or a split has another number of episodes.
-        ActionError: actions of another width than the bounds.
+        ActionError: actions of another width than the bounds, or not finite.
     """
     survey = _survey(record["splits"], episodes, actions)
     known = {**(record.get("settings") or {}), **record}
@@ -87,80 +84,80 @@ def data_page(
     if len(names) != actions.dimensions:
         names = [f"dimension {d}" for d in range(actions.dimensions)]
     name = str(record.get("name", "token data set"))
+    described = {key: record[key] for key in ("fingerprint", "settings", "versions") if record.get(key)}
     sections = {
         "Tasks": _tasks(survey),
         "Lengths": _lengths(survey.splits, hz),
         "Actions": _actions(survey.splits, actions, names),
         "Episodes": _contact_sheet(previews),
         "Left out": _dropped(record["dropped"]) if "dropped" in record else "",
-        "Loading": _loading(name),
-        "Settings": _settings(record),
+        "Loading": f"<pre><code>{escape(_LOADING.format(name=name))}</code></pre>",
+        "Settings": _values(described) if described else "",
     }
     shown = [(title, title.lower().replace(" ", "-"), body) for title, body in sections.items() if body]
     return _PAGE.substitute(
         name=escape(name),
         facts=_facts(survey, actions, hz),
         links="\n".join(f'<a href="#{anchor}">{title}</a>' for title, anchor, _ in shown),
-        sections="\n".join(
-            f'<section id="{anchor}">\n<h2>{title}</h2>\n{body}\n</section>' for title, anchor, body in shown
-        ),
-    )
+        sections="\n".join(f'<section id="{anchor}">\n<h2>{title}</h2>\n{body}\n</section>'
+                           for title, anchor, body in shown),
+    )  # fmt: skip
 
 
 @dataclass(eq=False)
 class _Split:
-    """What the pass over the episodes leaves of one split.
+    """What the pass over the episodes leaves of a split.
 
     Attributes:
+        colour: that it is drawn in.
         counts: (D, bins) values in each bin, clipped ones included.
-        below: (D,) values below the lower bound.
-        above: (D,) values above the upper bound.
+        outside: (D,) values outside the bounds, which are clipped.
         lengths: steps of each episode.
         episodes: how many of each task.
         steps: how many of each task.
     """
 
+    colour: str
     counts: NDArray[np.int64]
-    below: NDArray[np.int64]
-    above: NDArray[np.int64]
+    outside: NDArray[np.int64]
     lengths: list[int] = field(default_factory=list)
     episodes: Counter[str] = field(default_factory=Counter)
     steps: Counter[str] = field(default_factory=Counter)
 
     def add(self, episode: TokenEpisode, actions: ActionTokenizer) -> None:
-        bins = actions.vocabulary.action_bins(actions.encode(episode.actions)) - 1  # (T, D), from 0
+        values = episode.actions  # (T, D)
+        bins = actions.vocabulary.action_bins(actions.encode(values)) - 1  # (T, D), from 0
         places = bins + actions.bins * np.arange(actions.dimensions)
         self.counts += np.bincount(places.ravel(), minlength=self.counts.size).reshape(self.counts.shape)
-        self.below += (episode.actions < actions.low).sum(axis=0)
-        self.above += (episode.actions > actions.high).sum(axis=0)
-        self.lengths.append(len(episode))
+        self.outside += ((values < actions.low) | (values > actions.high)).sum(axis=0)
+        self.lengths.append(len(values))
         self.episodes[episode.task] += 1
-        self.steps[episode.task] += len(episode)
+        self.steps[episode.task] += len(values)
 
 
 @dataclass(eq=False)
 class _Survey:
-    """What the pass over the episodes leaves of all splits, with the first instructions of each task."""
+    """What the pass over the episodes leaves: splits, training first; tasks; rows and columns of the codes."""
 
     splits: dict[str, _Split]
-    instructions: dict[str, list[str]] = field(default_factory=dict)
-    code_sizes: set[tuple[int, int]] = field(default_factory=set)
+    instructions: dict[str, list[str]] = field(default_factory=dict)  # one of each task, two if they differ
+    code_sizes: set[tuple[int, ...]] = field(default_factory=set)
 
 
 def _survey(
     recorded: Mapping[str, Any], episodes: Iterable[tuple[str, TokenEpisode]], actions: ActionTokenizer
 ) -> _Survey:
-    def zeros(*shape: int) -> NDArray[np.int64]:
-        return np.zeros((actions.dimensions, *shape), dtype=np.int64)
-
-    survey = _Survey({name: _Split(zeros(actions.bins), zeros(), zeros()) for name in recorded})
+    survey = _Survey({})
+    for i, name in enumerate(sorted(recorded, key=lambda name: name != _TRAINING)):
+        counts = np.zeros((actions.dimensions, actions.bins), dtype=np.int64)
+        survey.splits[name] = _Split(_COLOURS[i % len(_COLOURS)], counts, np.zeros_like(counts[:, 0]))
     for name, episode in episodes:
         if name not in survey.splits:
             raise ValueError(f"{episode.id} is of split {name!r}; recorded: {', '.join(recorded)}")
         survey.splits[name].add(episode, actions)
-        survey.code_sizes.add((episode.codes.shape[1], episode.codes.shape[2]))
+        survey.code_sizes.add(episode.codes.shape[1:])
         told = survey.instructions.setdefault(episode.task, [])
-        if episode.instruction not in told and len(told) <= _INSTRUCTIONS_SHOWN:  # one more tells that there are
+        if episode.instruction not in told and len(told) < 2:
             told.append(episode.instruction)
     for name, split in survey.splits.items():
         expected = recorded[name].get("episodes", len(split.lengths))
@@ -171,171 +168,137 @@ def _survey(
 
 def _facts(survey: _Survey, actions: ActionTokenizer, hz: float | None) -> str:
     lengths = [steps for split in survey.splits.values() for steps in split.lengths]
-    facts = [(f"{len(lengths):,}", "episodes"), (f"{sum(lengths):,}", "steps")]
-    if hz:
-        facts.append((f"{sum(lengths) / hz / 60:,.1f}", f"minutes at {hz:g} Hz"))
-    facts.append((f"{len(survey.instructions):,}", "tasks"))
     sizes = " or ".join(f"{rows} &times; {columns}" for rows, columns in sorted(survey.code_sizes))
-    facts += [
-        (sizes or "&ndash;", "codes per frame"),
-        (f"{actions.dimensions}", f"action dimensions, {actions.bins} bins"),
-    ]
-    return "\n".join(f"<div><dd>{value}</dd><dt>{label}</dt></div>" for value, label in facts)
+    facts = {
+        "episodes": f"{len(lengths):,}",
+        "steps": f"{sum(lengths):,}",
+        **({f"minutes at {hz:g} Hz": f"{sum(lengths) / hz / 60:,.1f}"} if hz else {}),
+        "tasks": f"{len(survey.instructions):,}",
+        "image codes per frame": sizes or "&ndash;",
+        f"action dimensions, {actions.bins} bins each": f"{actions.dimensions}",
+    }
+    return "\n".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in facts.items())
 
 
 def _tasks(survey: _Survey) -> str:
-    columns = [(escape(name), split.episodes, split.steps) for name, split in survey.splits.items()]
+    """Episodes and steps by task and split; the sum on top, where it stays in sight."""
+    columns = [(name, split.episodes, split.steps) for name, split in survey.splits.items()]
     if len(columns) > 1:
-        episodes, steps = (sum((column[i] for column in columns), Counter[str]()) for i in (1, 2))
-        columns.append(("all", episodes, steps))
+        columns.append(("all", *(sum((c[i] for c in columns), Counter[str]()) for i in (1, 2))))  # type: ignore
 
-    def cell(episodes: int, steps: int) -> str:
-        return (
-            f'<td class="n">{episodes:,}<small>{steps:,} steps</small></td>'
-            if episodes
-            else '<td class="n">&ndash;</td>'
-        )
-
-    def row(head: str, tasks: Sequence[str]) -> str:
-        cells = (cell(sum(e[t] for t in tasks), sum(s[t] for t in tasks)) for _, e, s in columns)
-        return f"<tr>{head}{''.join(cells)}</tr>"
+    def row(head: str, tasks: Iterable[str]) -> str:
+        for _, episodes, steps in columns:
+            n, total = (sum(counts[task] for task in tasks) for counts in (episodes, steps))
+            head += (
+                f'<td class="n">{n:,}<small>{total:,} steps</small></td>' if n else '<td class="n">&ndash;</td>'
+            )
+        return f"<tr>{head}</tr>"
 
     rows = []
-    for task in sorted(survey.instructions):
-        told = survey.instructions[task]
-        words = "<br>".join(escape(text) for text in told[:_INSTRUCTIONS_SHOWN])
-        words += "<br>and others" if len(told) > _INSTRUCTIONS_SHOWN else ""
+    for task, told in sorted(survey.instructions.items()):
+        words = escape(told[0]) + (" <small>and others</small>" if len(told) > 1 else "")
         rows.append(row(f"<td>{words}<small>{escape(task)}</small></td>", [task]))
-    head = "".join(f'<th class="n">{name}</th>' for name, _, _ in columns)
-    total = row("<th>all tasks</th>", list(survey.instructions))
-    return _table(f"<tr><th>instruction and task</th>{head}</tr>{total}", rows)
+    heads = "".join(f'<th class="n">{escape(name)}</th>' for name, *_ in columns)
+    return _table(f"<tr><th></th>{heads}</tr>{row('<th>all tasks</th>', survey.instructions)}", rows)
 
 
 def _lengths(splits: Mapping[str, _Split], hz: float | None) -> str:
     everything = [steps for split in splits.values() for steps in split.lengths]
     if not everything:
         return ""
-    width = -(-(max(everything) - min(everything) + 1) // _LENGTH_BINS)  # whole steps, rounded up
-    edges = np.arange(min(everything), max(everything) + width + 1, width) - 0.5
+    shortest, longest = min(everything), max(everything)
+    width = (longest - shortest) // _LENGTH_BINS + 1
+    edges = np.arange(shortest, longest + width + 1, width) - 0.5  # whole steps are amid their bin
 
-    def panel(name: str, split: _Split, colour: str) -> str:
+    def panel(name: str, split: _Split) -> str:
         if not split.lengths:
             return _panel(name, "", "no episode")
 
         def draw(axes: Axes) -> None:
-            axes.stairs(np.histogram(split.lengths, edges)[0], edges, fill=True, color=colour, alpha=0.75)
-            axes.set_ylabel("episodes")
-            axes.yaxis.get_major_locator().set_params(integer=True, nbins=3)  # type: ignore[call-arg]
-            axes.set_xlabel("steps")
+            axes.stairs(np.histogram(split.lengths, edges)[0], edges, fill=True, color=split.colour, alpha=0.75)
+            axes.locator_params(axis="y", integer=True, nbins=3)
+            axes.set(xlabel="steps", ylabel="episodes")
 
         median = float(np.median(split.lengths))
         seconds = f" ({median / hz:.1f} s)" if hz else ""
-        note = f"median {median:g} steps{seconds}, {min(split.lengths):,} to {max(split.lengths):,}"
-        return _panel(name, _figure(draw, f"Histogram of episode lengths, {name}"), note)
+        note = f"median {median:g} steps{seconds}, from {min(split.lengths):,} to {max(split.lengths):,}"
+        return _panel(name, _figure(draw, f"histogram of episode lengths, {name}"), note)
 
-    panels = (panel(name, split, colour) for name, split, colour in _coloured(splits))
-    return f'<div class="panels">{"".join(panels)}</div>'
+    return f'<div class="panels">{"".join(panel(name, split) for name, split in splits.items())}</div>'
 
 
 def _actions(splits: Mapping[str, _Split], actions: ActionTokenizer, names: Sequence[Any]) -> str:
-    intervals = actions.bins - 1
+    filled = {name: split for name, split in splits.items() if sum(split.lengths)}
+    end = actions.bins - 1  # the axis counts bins, which suits any unit; its labels are in data units
 
     def panel(d: int) -> str:
         low, high = actions.low[d], actions.high[d]
-        constant = low == high
-        # bounds, and zero where it does not crowd them; on an axis of bins, which suits any unit
-        zero = -low / (high - low) if not constant else 0.0
-        ticks = {0.0: low, **({zero: 0.0} if 0.15 < zero < 0.85 else {}), **({} if constant else {1.0: high})}
+        zero = -low / (high - low) if low < high else 0.0
+        ticks = {0.0: low, **({1.0: high} if low < high else {}), **({zero: 0.0} if 0.15 < zero < 0.85 else {})}
 
         def draw(axes: Axes) -> None:
-            for name, split, colour in _coloured(splits):
-                if not split.lengths:
-                    continue
-                # the last bin holds only clipped values, has no width, and decodes to the centre of the one before
+            top = 0.0
+            for name, split in filled.items():
+                # values at the upper bound have a bin of no width, which decodes to the centre of the one before
                 share = np.append(split.counts[d, :-2], split.counts[d, -2:].sum()) / split.counts[d].sum()
-                if name == _TRAINING:
-                    axes.stairs(share, fill=True, color=colour, alpha=0.75)
-                else:
-                    axes.stairs(share, baseline=None, color=colour, linewidth=1.0)
-            for bound in (0, intervals):
-                axes.axvline(bound, color=_GREY, linewidth=0.8, linestyle=(0, (3, 2)))
-            axes.set_yscale("log")
-            axes.set_ylim(_SMALLEST_SHARE, 1.5)
-            axes.set_yticks((1e-4, 1e-2, 1), ("0.01 %", "1 %", "100 %"))
-            axes.set_yticks((), minor=True)
-            axes.set_xlim(-0.04 * intervals, 1.04 * intervals)
-            axes.set_xticks([place * intervals for place in ticks], [_number(value) for value in ticks.values()])
+                area = {"fill": True, "alpha": 0.75, "linewidth": 1.2} if name == _TRAINING else {"linewidth": 0.8}
+                axes.stairs(share, color=split.colour, **area)
+                top = max(top, share.max())
+            for outside in ((-0.03, 0), (1, 1.03)):
+                axes.axvspan(outside[0] * end, outside[1] * end, color=_GREY, alpha=0.2, linewidth=0)
+            axes.set_yscale("function", functions=(np.sqrt, np.square))
+            axes.set(xlim=(-0.03 * end, 1.03 * end), ylim=(0, 1.05 * top))
+            axes.set_xticks([place * end for place in ticks], [_number(value) for value in ticks.values()])
+            axes.set_yticks((0, top / 4, top), ("0", _percent(top / 4), _percent(top)))
 
-        used = (split.counts[d].astype(bool).sum() for name, split in splits.items() if name == _TRAINING)
-        bins = f"{sum(used)} of {actions.bins} bins used" + (", constant" if constant else "")
-        clipped = " · ".join(_clipped(name, split, d) for name, split in splits.items() if split.lengths)
-        return _panel(str(names[d]), _figure(draw, f"Share of values per bin, {names[d]}"), bins, clipped)
+        used = sum(int(np.count_nonzero(s.counts[d])) for name, s in filled.items() if name == _TRAINING)
+        notes = [f"{used} of {actions.bins} bins used" + (", constant" if low == high else "")]
+        for name, split in filled.items():
+            n = split.outside[d]
+            clipped = f"<b>{n:,} clipped</b> ({_percent(n / split.counts[d].sum())})" if n else "none clipped"
+            notes.append(f"{escape(name)}: {clipped}")
+        return _panel(str(names[d]), _figure(draw, f"share of values per bin, {names[d]}"), *notes)
 
-    key = "".join(f'<span><i style="background:{c}"></i>{escape(n)}</span>' for n, _, c in _coloured(splits))
-    return (
-        f"<p>Share of the values that fall into each of {actions.bins} bins, on a logarithmic axis: the area is "
-        f"<em>{_TRAINING}</em>, lines are other splits. Dashed: the bounds, in data units. Values outside them are "
-        f'clipped. Bins count as used if a value of <em>{_TRAINING}</em> falls into them.</p><p class="key">{key}'
-        f'</p><div class="panels">{"".join(panel(d) for d in range(actions.dimensions))}</div>'
-    )
-
-
-def _clipped(name: str, split: _Split, d: int) -> str:
-    below, above = split.below[d], split.above[d]
-    if not below + above:
-        return f"{escape(name)} 0 clipped"
-    share = (below + above) / split.counts[d].sum()
-    percent = f"{share:.2%}" if share >= 5e-5 else "&lt;0.01%"
-    return (
-        f'<strong class="clipped">{escape(name)} {below + above:,} clipped</strong> '
-        f"({percent}: {below:,} below, {above:,} above)"
-    )
+    key = "".join(f'<i style="background:{s.colour}"></i> {escape(name)} ' for name, s in filled.items())
+    return f"""<p>Share of the values in each of the {actions.bins} bins, on a square-root axis, between the bounds in
+data units. Values in the grey beyond them are clipped to the outermost bins. A bin is used if a value of
+{_TRAINING} falls into it.</p>
+<p class="key">{key}</p>
+<div class="panels">{"".join(panel(d) for d in range(actions.dimensions))}</div>"""
 
 
 def _contact_sheet(previews: Sequence[Preview]) -> str:
     groups: dict[tuple[str, str], list[Preview]] = {}
     for preview in previews:
         groups.setdefault((preview.task, preview.instruction), []).append(preview)
-    opened = " open" if len(groups) <= _OPEN_TASKS else ""
-    html = ["<p>Evenly spaced frames of some episodes, oldest first.</p>"] if groups else []
+    html = []
     for (task, instruction), members in groups.items():
-        html.append(f"<details{opened}><summary>{escape(instruction)}<small>{escape(task)}</small></summary>")
+        strips = []
         for preview in members:
             source = f"data:image/jpeg;base64,{base64.b64encode(preview.strip).decode()}"
-            alt = escape(f"{preview.episode}: {preview.instruction}")
-            html.append(
-                f'<figure class="strip"><div><img alt="{alt}" src="{source}" decoding="async"></div>'
-                f"<figcaption><b>{escape(preview.split)}</b> {escape(preview.episode)}</figcaption></figure>"
+            strips.append(
+                f'<figure class="strip"><div><img alt="frames of {escape(preview.episode)}" src="{source}"></div>'
+                f"<figcaption><b>{escape(preview.split)}</b><br>{escape(preview.episode)}</figcaption></figure>"
             )
-        html.append("</details>")
+        title = f"{escape(instruction)} <small>{escape(task)}</small>"
+        html.append(_folded(title, "\n".join(strips), len(groups)))
     return "\n".join(html)
 
 
-def _dropped(dropped: Sequence[Mapping[str, str]]) -> str:
+def _dropped(dropped: Sequence[Mapping[str, Any]]) -> str:
     if not dropped:
         return "<p>Nothing was left out.</p>"
-    reasons = sorted(Counter(entry["reason"] for entry in dropped).items(), key=lambda item: (-item[1], item[0]))
-    counts = [f'<tr><td>{escape(reason)}</td><td class="n">{n:,}</td></tr>' for reason, n in reasons]
-    rows = [
-        "<tr>" + "".join(f"<td>{escape(entry[k])}</td>" for k in ("id", "reason", "message")) + "</tr>"
-        for entry in dropped
-    ]
-    opened = " open" if len(dropped) <= _OPEN_DROPPED else ""
-    return (
-        _table('<tr><th>reason</th><th class="n">left out</th></tr>', counts)
-        + f"<details{opened}><summary>All {len(dropped):,} that were left out</summary>"
-        + _table("<tr><th>episode or file</th><th>reason</th><th>what was wrong</th></tr>", rows)
-        + "</details>"
+    reasons = sorted(
+        Counter(str(entry["reason"]) for entry in dropped).items(), key=lambda item: (-item[1], item[0])
     )
-
-
-def _loading(name: str) -> str:
-    return "<pre><code>" + escape(_LOADING.replace("NAME", repr(name))) + "</code></pre>"
-
-
-def _settings(record: Mapping[str, Any]) -> str:
-    shown = {key: record[key] for key in ("fingerprint", "settings", "versions") if record.get(key)}
-    return _values(shown) if shown else ""
+    counts = [f'<tr><td>{escape(reason)}</td><td class="n">{n:,}</td></tr>' for reason, n in reasons]
+    cells = (
+        ("".join(f"<td>{escape(str(entry[key]))}</td>" for key in ("id", "reason", "message")))
+        for entry in dropped
+    )
+    head = "<tr><th>episode or file</th><th>reason</th><th>what was wrong</th></tr>"
+    every = _table(head, [f"<tr>{row}</tr>" for row in cells])
+    return _table("", counts) + _folded(f"All {len(dropped):,}", every, len(dropped))
 
 
 def _values(value: Any) -> str:
@@ -348,14 +311,18 @@ def _values(value: Any) -> str:
     return escape(value if isinstance(value, str) else json.dumps(value))
 
 
-def _table(head: str, rows: Sequence[str]) -> str:
+def _table(head: str, rows: Iterable[str]) -> str:
     body = "\n".join(rows)
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
 
 
+def _folded(title: str, body: str, among: int) -> str:
+    opened = " open" if among <= _UNFOLDED else ""
+    return f"<details{opened}><summary>{title}</summary>\n{body}\n</details>"
+
+
 def _panel(title: str, figure: str, *notes: str) -> str:
-    lines = "".join(f"<p>{note}</p>" for note in notes)
-    return f"<figure><h3>{escape(title)}</h3>{figure}<figcaption>{lines}</figcaption></figure>\n"
+    return f"<figure><h3>{escape(title)}</h3>{figure}<figcaption>{'<br>'.join(notes)}</figcaption></figure>\n"
 
 
 def _figure(draw: Callable[[Axes], None], alt: str) -> str:
@@ -366,29 +333,27 @@ def _figure(draw: Callable[[Axes], None], alt: str) -> str:
 
     style = {
         "svg.hashsalt": "worldvla",  # else ids in the file are random
-        "svg.fonttype": "none",  # letters stay letters, in a font that the reader has
-        "font.size": 9.5,
+        "svg.fonttype": "none",  # letters stay letters, in the reader's font
+        "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
         **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _GREY),
     }
     file = BytesIO()
-    with rc_context(style):
+    with rc_context(style):  # type: ignore[arg-type]
         figure = Figure(figsize=_FIGURE_SIZE)
-        draw(figure.add_axes((0.15, 0.24, 0.84, 0.72)))
+        draw(figure.add_axes((0.15, 0.27, 0.79, 0.68)))
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'DejaVu Sans'")  # the page's own font
+    svg = file.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'DejaVu Sans'")  # the font of the page
     return f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
-
-
-def _coloured(splits: Mapping[str, _Split]) -> list[tuple[str, _Split, str]]:
-    """Splits and their colours, training first, so that lines lie on its area."""
-    ordered = sorted(splits, key=lambda name: name != _TRAINING)
-    return [(name, splits[name], _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(ordered)]
 
 
 def _number(value: float) -> str:
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 _LOADING = """\
@@ -396,13 +361,12 @@ from worldvla_libero.samples import ActionSamples, TokenSamples
 from worldvla_libero.shards import TokenDataset
 from worldvla_tokenizers import TextTokenizer
 
-data = TokenDataset.from_pretrained(NAME, split="train")  # a folder, or a data set on the Hub
-episode = data[0]                                         # .instruction .codes .actions
+data = TokenDataset.from_pretrained({name!r}, split="train")  # this folder, or a data set on the Hub
+episode = data[0]  # .instruction, .codes (T, rows, columns), .actions (T, D)
 
-text = TextTokenizer.from_pretrained("tokenizer-of-your-model")
+text = TextTokenizer.from_pretrained("folder-of-your-model")
 samples = TokenSamples(data, ActionSamples(history=2, actions=5), text)
-ids, labels = samples[0]
-"""
+ids, labels = samples[0]"""
 
 _PAGE = Template("""\
 <!doctype html>
@@ -410,74 +374,61 @@ _PAGE = Template("""\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>$name</title>
 <style>
-:root { color-scheme: light; --ink: #1d2329; --soft: #5d6770; --line: #e2e5e9; --paper: #fff; --tint: #f6f7f9;
-  --link: #0072B2; --alarm: #b34700; }
+:root { color-scheme: light; --ink: #1d2329; --soft: #5d6770; --line: #e2e5e9; --paper: #fff; --link: #0072B2; }
 @media screen and (prefers-color-scheme: dark) {
-  :root { color-scheme: dark; --ink: #e4e7ea; --soft: #9aa3ac; --line: #2c3238; --paper: #14171a; --tint: #1c2024;
-    --link: #56B4E9; --alarm: #f0944d; }
+  :root { color-scheme: dark; --ink: #e4e7ea; --soft: #9aa3ac; --line: #2c3238; --paper: #14171a; --link: #56B4E9; }
   .panels img, .key i { filter: invert(1) hue-rotate(180deg); }
 }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1128px; padding: 40px 24px 64px; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0; font-size: 30px; line-height: 1.2; letter-spacing: -.015em; }
-h2 { margin: 56px 0 12px; padding-top: 14px; border-top: 1px solid var(--line); font-size: 20px; }
+body { max-width: 1080px; margin: 40px auto; padding: 0 24px; overflow-wrap: anywhere;
+  background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { margin: 0 0 20px; font-size: 30px; line-height: 1.2; }
+h2 { margin: 48px 0 12px; padding-top: 14px; border-top: 1px solid var(--line); font-size: 20px; }
 h3 { margin: 0 0 4px; font-size: 14px; }
-p { margin: 0 0 10px; max-width: 46em; }
-a { color: var(--link); text-decoration: none; }
-a:hover { text-decoration: underline; }
-small { display: block; color: var(--soft); font-size: 12.5px; }
-header p, nav, figcaption, .key { color: var(--soft); font-size: 13px; }
-nav { display: flex; flex-wrap: wrap; gap: 4px 20px; }
-.facts { display: flex; flex-wrap: wrap; gap: 16px 44px; margin: 24px 0; }
-.facts dd { margin: 0; font-size: 26px; font-weight: 600; line-height: 1.2; }
-.facts dt { color: var(--soft); font-size: 13px; }
-.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.scroll { max-height: 560px; overflow: auto; margin: 12px 0; }
+p { margin: 0 0 8px; max-width: 46em; }
+a { margin-right: 16px; color: var(--link); text-decoration: none; }
+small, dt, figcaption, nav, .key { color: var(--soft); font-size: 13px; }
+dl, dd, figure { margin: 0; }
+.facts, nav { display: flex; flex-wrap: wrap; gap: 14px 40px; margin-bottom: 24px; }
+.facts div { display: flex; flex-direction: column-reverse; }
+.facts dd { font-size: 26px; font-weight: 600; line-height: 1.2; }
+.scroll { max-height: 560px; overflow: auto; margin-bottom: 12px; }
 table { border-collapse: collapse; }
-th, td { padding: 7px 28px 7px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { font-size: 13px; }
 thead { position: sticky; top: 0; background: var(--paper); }
-figure { margin: 0; break-inside: avoid; }
-figcaption p { margin: 0; }
+th, td { padding: 7px 32px 7px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th small, td small { display: block; font-weight: 400; }
+.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 28px 32px; }
 .panels img { display: block; width: 100%; }
-.key span { margin-right: 18px; }
-.key i { display: inline-block; width: 12px; height: 12px; margin-right: 6px; border-radius: 2px; }
-.clipped { color: var(--alarm); }
-summary { cursor: pointer; padding: 8px 0; font-weight: 600; }
-summary small { display: inline; margin-left: 12px; font-weight: 400; }
-.strip { margin: 4px 0 16px; }
-.strip div { overflow-x: auto; }
-.strip img { display: block; max-width: 100%; border-radius: 4px; }
-.strip b { color: var(--ink); }
-pre { overflow-x: auto; padding: 16px 20px; border-radius: 6px; background: var(--tint); font-size: 13px; }
-section > dl div { display: grid; grid-template-columns: minmax(110px, 180px) 1fr; gap: 0 16px; }
-section > dl div { padding: 5px 0; border-bottom: 1px solid var(--line); font-size: 13.5px; }
-section > dl dl div:last-child { border: 0; }
-section dl { margin: 0; }
-section dt { color: var(--soft); }
-section dd { margin: 0; max-height: 480px; overflow: auto; }
+.panels figure, .strip { break-inside: avoid; }
+.key i { display: inline-block; width: 12px; height: 12px; margin-left: 16px; border-radius: 2px; }
+figcaption b { color: var(--ink); }
+summary { padding: 8px 0; font-weight: 600; cursor: pointer; }
+summary small { margin-left: 8px; font-weight: 400; }
+.strip { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 20px; margin-bottom: 12px; }
+.strip div { max-width: 100%; overflow-x: auto; }
+.strip img { display: block; border-radius: 4px; }
+.strip figcaption { flex: 1 1 200px; }
+pre { overflow-x: auto; padding: 16px 20px; border: 1px solid var(--line); border-radius: 6px; font-size: 13px; }
+section dl div { display: grid; grid-template-columns: minmax(90px, 160px) 1fr; gap: 16px; padding: 3px 0; }
+section dd { max-height: 480px; overflow: auto; font-size: 14px; }
 @media (max-width: 640px) {
-  body { padding: 24px 16px 40px; }
+  body { margin: 24px auto; padding: 0 16px; }
   th, td { padding-right: 14px; }
-  .strip img { max-width: none; height: 84px; }
-  section > dl dl div { grid-template-columns: minmax(80px, 110px) 1fr; }
+  .strip img { height: 84px; }
 }
 @media print {
-  body { max-width: none; padding: 0; font-size: 12px; }
   nav { display: none; }
-  .scroll, section dd { max-height: none; overflow: visible; }
+  .scroll, section dd { max-height: none; }
   .panels { grid-template-columns: repeat(3, 1fr); }
+  .strip img { max-width: 100%; }
 }
 </style>
 </head>
 <body>
 <header>
-<p>Token data set for WorldVLA</p>
+<small>Token data set for WorldVLA</small>
 <h1>$name</h1>
 <dl class="facts">
 $facts
