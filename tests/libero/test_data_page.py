@@ -1,7 +1,15 @@
 """The page of a token data set: what it says, what it escapes, and that it always says it alike."""
 
+import ast
+import base64
+import importlib.util
 import io
+import re
+import weakref
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,6 +18,7 @@ from PIL import Image
 from worldvla_libero.data_page import Preview, data_page
 from worldvla_libero.shards import TokenEpisode
 from worldvla_tokenizers import ActionTokenizer
+from worldvla_tokenizers.action import ActionError
 
 FRAMES = Path(__file__).parents[1] / "fixtures" / "published" / "frames"
 TASKS = {
@@ -17,15 +26,16 @@ TASKS = {
     "turn_on_the_stove": ("turn on the stove", "libero_goal_8"),
     "pick_up_the_salad_dressing": ("pick up the salad dressing and place it in the basket", "libero_object_2"),
 }
+HOSTILE = "<script>alert(\"1\")</script> & 'it' </table> $name {name}"
 
 
 def _actions(rng, steps, dimensions=7):
-    """Smooth like a hand's motion: a few slow waves that fade in and out, rest between them, a gripper that closes."""
+    """A hand's smooth motion, a few slow waves that fade in and out, and a gripper that closes and opens."""
     t = np.linspace(0, 1, steps)[:, None]
-    waves = sum(
+    waves = [
         rng.normal(0, 0.3 / k, dimensions) * np.sin(np.pi * k * (t + rng.random(dimensions))) for k in (1, 2, 5)
-    )
-    actions = waves * np.sin(np.pi * t) + rng.normal(0, 0.01, (steps, dimensions))
+    ]
+    actions = sum(waves) * np.sin(np.pi * t) + rng.normal(0, 0.01, (steps, dimensions))
     actions[:, 3:6] *= 0.25
     actions[np.abs(actions) < 0.004] = 0.0
     actions[:, -1] = np.where((t[:, 0] > 0.4) & (t[:, 0] < 0.9), 1.0, -1.0)
@@ -48,3 +58,323 @@ def _strip(prefix):
     file = io.BytesIO()
     Image.fromarray(np.concatenate(frames, axis=1)).save(file, "JPEG", quality=85)
     return file.getvalue()
+
+
+def _record(episodes, **more):
+    counts = Counter(split for split, _ in episodes)
+    return {"splits": {name: {"episodes": n} for name, n in counts.items()}, **more}
+
+
+def _fit(episodes, quantile=None):
+    return ActionTokenizer.fit(np.concatenate([e.actions for s, e in episodes if s == "train"]), quantile)
+
+
+class _Reader(HTMLParser):
+    """HTML, every tag of which is closed in order, as a tree."""
+
+    def __init__(self):
+        super().__init__()
+        self.builder, self.open = ElementTree.TreeBuilder(), []
+
+    def handle_starttag(self, tag, attributes):
+        self.builder.start(tag, {name: value or "" for name, value in attributes})
+        if tag in ("meta", "img", "br"):
+            self.builder.data("\n" if tag == "br" else "")
+            self.builder.end(tag)
+        else:
+            self.open.append(tag)
+
+    def handle_data(self, data):
+        if self.open:
+            self.builder.data(data)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.builder.end(tag)
+
+
+def _read(html):
+    reader = _Reader()
+    reader.feed(html)
+    reader.close()
+    assert not reader.open
+    return reader.builder.close()
+
+
+def _text(element):
+    return "".join(element.itertext())
+
+
+def _section(page, anchor):
+    return next((section for section in page.iter("section") if section.get("id") == anchor), None)
+
+
+def _rows(section):
+    """Words of each cell in each row; what is small, after a line break."""
+    for small in section.iter("small"):
+        small.text = f"\n{small.text}"
+    return [[_text(cell) for cell in row] for row in section.iter("tr")]
+
+
+def _panels(section):
+    return {_text(panel.find("h3")): panel for panel in section.iter("figure")}
+
+
+def _svg(panel):
+    kind, data = panel.find("img").get("src").split(",")
+    assert kind == "data:image/svg+xml;base64"
+    return ElementTree.fromstring(base64.b64decode(data))
+
+
+def test_numbers_are_those_of_the_episodes():
+    episodes = list(_episodes())
+    actions = _fit(episodes, quantile=0.01)
+    page = _read(data_page(_record(episodes, control_hz=20), iter(episodes), actions, []))
+    steps = sum(len(e) for _, e in episodes)
+
+    facts = {_text(fact.find("dt")): _text(fact.find("dd")) for fact in page.find(".//dl[@class='facts']")}
+    assert facts == {
+        "episodes": "24",
+        "steps": f"{steps:,}",
+        "minutes at 20 Hz": f"{steps / 1200:,.1f}",
+        "tasks": "3",
+        "image codes per frame": "16 \N{MULTIPLICATION SIGN} 16",
+        "action dimensions, 256 bins each": "7",
+    }
+
+    def cell(task, *splits):
+        lengths = [len(e) for s, e in episodes if s in splits and task in (None, e.task)]
+        return f"{len(lengths):,}\n{sum(lengths):,} steps"
+
+    columns = (("train",), ("validation",), ("train", "validation"))
+    assert _rows(_section(page, "tasks")) == [
+        ["", "train", "validation", "all"],
+        ["all tasks", *(cell(None, *splits) for splits in columns)],
+        *([f"{TASKS[task][0]}\n{task}", *(cell(task, *splits) for splits in columns)] for task in sorted(TASKS)),
+    ]
+
+    panels = _panels(_section(page, "lengths"))
+    for name in ("train", "validation"):
+        lengths = [len(e) for s, e in episodes if s == name]
+        median = np.median(lengths)
+        caption = f"median {median:g} steps ({median / 20:.1f} s), from {min(lengths)} to {max(lengths)}"
+        assert _text(panels[name].find("figcaption")) == caption
+
+
+def test_action_panels_count_bins_and_clipped_values_of_each_split():
+    episodes = list(_episodes())
+    actions = _fit(episodes, quantile=0.01)
+    page = _read(data_page(_record(episodes), iter(episodes), actions, []))
+    panels = _panels(_section(page, "actions"))
+    assert list(panels) == [f"dimension {d}" for d in range(7)]
+    values = {s: np.concatenate([e.actions for t, e in episodes if t == s]) for s in ("train", "validation")}
+    bins = {split: actions.vocabulary.action_bins(actions.encode(v)) for split, v in values.items()}
+    assert sum(int((v > actions.high).sum()) for v in values.values())  # else there is nothing to test
+    for d, panel in enumerate(panels.values()):
+        notes = [f"{len(np.unique(bins['train'][:, d]))} of 256 bins used"]
+        for split, v in values.items():
+            outside = int(((v[:, d] < actions.low[d]) | (v[:, d] > actions.high[d])).sum())
+            share = f"({100 * outside / len(v):.3g}%)"
+            notes.append(f"{split}: {outside:,} clipped {share}" if outside else f"{split}: none clipped")
+        shown = _text(panel.find("figcaption")).split("\n")
+        assert [_rounded(note) for note in shown] == [_rounded(note) for note in notes]
+        # the axes end at the bounds and at the largest share; the last bin, of no width, goes with its neighbour
+        words = [_text(text).strip() for text in _svg(panel).iter("{http://www.w3.org/2000/svg}text")]
+        top = max(np.bincount(np.minimum(b[:, d], 255)).max() / len(b) for b in bins.values())
+        assert {_rounded(f"{bound:.4g}") for bound in (actions.low[d], actions.high[d])} <= set(words)
+        assert float(words[-1].rstrip("%")) == pytest.approx(100 * top, rel=0.05)
+    assert "2 of 256 bins used" in _text(panels["dimension 6"])  # the gripper
+
+
+def _rounded(note):
+    """A percentage to two digits; minus signs as they are set."""
+    note = re.sub(r"[\d.]+(?=%)", lambda number: f"{float(number[0]):.2g}", note)
+    return note.replace("-", "\N{MINUS SIGN}")
+
+
+def test_equal_input_gives_equal_bytes_from_one_pass_with_one_episode_in_memory():
+    class Tracked(TokenEpisode):
+        pass
+
+    alive = weakref.WeakSet()
+
+    def once():
+        for split, e in _episodes(8):
+            episode = Tracked(e.id, e.task, e.instruction, e.codes, e.actions)
+            alive.add(episode)
+            yield split, episode
+            del episode
+            assert len(alive) <= 1
+
+    episodes = list(_episodes(8))
+    record, previews = _record(episodes, name="mine"), [_preview(*episodes[0])]
+    assert data_page(record, once(), _fit(episodes), previews) == data_page(
+        record, iter(episodes), _fit(episodes), previews
+    )
+
+
+def _preview(split, episode):
+    return Preview(episode.id, episode.task, episode.instruction, split, _strip(TASKS[episode.task][1]))
+
+
+def test_page_needs_nothing_else():
+    episodes = list(_episodes(6))
+    html = data_page(_record(episodes), iter(episodes), _fit(episodes), [_preview(*pair) for pair in episodes])
+    page = _read(html)
+    anchors = {section.get("id") for section in page.iter("section")}
+    for element in page.iter():
+        assert element.tag not in ("script", "link", "iframe")
+        assert element.get("src", "data:").startswith("data:")
+        assert element.get("href", "#")[1:] in anchors | {""}
+    assert "http" not in html
+    assert not re.search(r"url\(|@import", html)
+
+
+def test_contact_sheet_groups_by_task():
+    episodes = list(_episodes(6))
+    previews = [_preview(*pair) for pair in episodes]
+    page = _read(data_page(_record(episodes), iter(episodes), _fit(episodes), previews))
+    groups = list(_section(page, "episodes").iter("details"))
+    assert [_text(group.find("summary")) for group in groups] == [
+        f"{words} {task}" for task, (words, _) in TASKS.items()
+    ]
+    for group, (task, (_, frames)) in zip(groups, TASKS.items(), strict=True):
+        assert "open" in group.attrib
+        captions = [_text(caption) for caption in group.iter("figcaption")]
+        assert captions == [f"{s}\n{e.id}" for s, e in episodes if e.task == task]
+        sources = {image.get("src") for image in group.iter("img")}
+        assert sources == {f"data:image/jpeg;base64,{base64.b64encode(_strip(frames)).decode()}"}
+
+
+def test_words_of_the_data_are_escaped():
+    ((_, e),) = _episodes(1)
+    name = f"{HOSTILE} split"
+    episode = TokenEpisode(f"{HOSTILE} id", f"{HOSTILE} task", f"{HOSTILE} words", e.codes, e.actions)
+    record = {
+        "name": f"{HOSTILE} name",
+        "fingerprint": HOSTILE,
+        "splits": {"train": {"episodes": 1}, name: {"episodes": 1}},
+        "settings": {HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}], "action_names": [f"{HOSTILE} {d}" for d in range(7)]},
+        "dropped": [{"id": HOSTILE, "reason": HOSTILE, "message": HOSTILE}],
+        "versions": {HOSTILE: HOSTILE},
+    }
+    preview = Preview(episode.id, episode.task, episode.instruction, name, _strip("libero_goal_0"))
+    actions = ActionTokenizer.fit(e.actions)
+    page = _read(data_page(record, [("train", e), (name, episode)], actions, [preview]))
+    assert not list(page.iter("script"))
+    assert _text(page.find(".//h1")) == record["name"]
+    assert f"{HOSTILE} words\n{HOSTILE} task" in [row[0] for row in _rows(_section(page, "tasks"))]
+    assert list(_panels(_section(page, "actions"))) == record["settings"]["action_names"]
+    assert _text(_section(page, "episodes").find(".//figcaption")) == f"{name}\n{episode.id}"
+    assert [HOSTILE] * 3 in _rows(_section(page, "left-out"))
+    assert _text(_section(page, "settings")).count(HOSTILE) == 7 + 7
+    for element in page.iter():
+        assert not {"onerror", "onload", "onclick"} & set(element.attrib)
+
+
+def test_dropped_are_counted_by_reason_and_all_named():
+    episodes = list(_episodes(3))
+    dropped = [
+        {"id": f"demo_{i}", "reason": "too short" if i % 3 else "not finite", "message": f"{i} steps"}
+        for i in range(10_000)
+    ]
+    page = _read(data_page(_record(episodes, dropped=dropped), iter(episodes), _fit(episodes), []))
+    rows = _rows(_section(page, "left-out"))
+    assert rows[:2] == [["too short", "6,666"], ["not finite", "3,334"]]
+    assert rows[3:] == [list(entry.values()) for entry in dropped]
+    assert "open" not in _section(page, "left-out").find("details").attrib  # too long to be spread out
+    page = _read(data_page(_record(episodes, dropped=[]), iter(episodes), _fit(episodes), []))
+    assert "Nothing was left out." in _text(_section(page, "left-out"))
+
+
+def test_settings_are_shown_whatever_they_are():
+    episodes = list(_episodes(2))
+    settings = {
+        "split": {"rule": "paper", "fraction": 0.9},
+        "replay": None,
+        "cameras": ["a", "b"],
+        "x": [],
+        "y": True,
+    }
+    record = _record(episodes, settings=settings, fingerprint="9f" * 32, versions={"numpy": "2.3"})
+    page = _read(data_page(record, iter(episodes), _fit(episodes), []))
+    rows = [(_text(row.find("dt")), _text(row.find("dd"))) for row in _section(page, "settings").iter("div")]
+    assert rows[0] == ("fingerprint", "9f" * 32)
+    for row in (
+        ("rule", "paper"),
+        ("fraction", "0.9"),
+        ("replay", "null"),
+        ("cameras", "a, b"),
+        ("x", "[]"),
+        ("y", "true"),
+    ):
+        assert row in rows
+
+
+@pytest.mark.parametrize("dimensions", [4, 14])
+def test_other_robots_and_constant_dimensions(dimensions):
+    episodes = list(_episodes(6, dimensions))
+    for _, episode in episodes:
+        episode.actions[:, 1] = 0.25
+    episodes[0] = ("validation", episodes[0][1])
+    episodes[0][1].actions[0, 1] = 0.5
+    page = _read(data_page(_record(episodes), iter(episodes), _fit(episodes), []))
+    panels = _panels(_section(page, "actions"))
+    assert len(panels) == dimensions
+    caption = _text(panels["dimension 1"].find("figcaption")).split("\n")
+    assert caption[:2] == ["1 of 256 bins used, constant", "train: none clipped"]
+    assert caption[2].startswith("validation: 1 clipped (")
+
+
+def test_one_episode_of_one_step_and_a_bare_record():
+    ((split, e),) = _episodes(1)
+    episode = TokenEpisode(e.id, e.task, e.instruction, e.codes[:1], e.actions[:1])
+    page = _read(data_page({"splits": {"train": {}}}, [(split, episode)], _fit([(split, episode)]), []))
+    assert [section.get("id") for section in page.iter("section")] == ["tasks", "lengths", "actions", "loading"]
+
+
+def test_empty_splits():
+    episodes = [pair for pair in _episodes(6) if pair[0] == "train"]
+    record = {"splits": {"validation": {"episodes": 0}, "train": {"episodes": len(episodes)}}}
+    page = _read(data_page(record, iter(episodes), _fit(episodes), []))
+    assert list(_panels(_section(page, "lengths"))) == ["train", "validation"]  # training first
+    assert _text(_panels(_section(page, "lengths"))["validation"].find("figcaption")) == "no episode"
+    assert "validation" not in _text(_section(page, "actions"))
+    nothing = _read(data_page({"splits": {"train": {"episodes": 0}}}, [], _fit(episodes), []))
+    assert [section.get("id") for section in nothing.iter("section")] == ["tasks", "loading"]
+
+
+def test_many_tasks_are_folded_away():
+    tasks = {f"task_{i}": (f"put bowl {i} on the plate", "libero_goal_0") for i in range(200)}
+    episodes = [(s, TokenEpisode(e.id, e.task, e.instruction, e.codes[:4], e.actions[:4]))
+                for s, e in _episodes(200, tasks=tasks)]  # fmt: skip
+    strip = _strip("libero_goal_0")
+    previews = [Preview(e.id, e.task, e.instruction, s, strip) for s, e in episodes]
+    page = _read(data_page(_record(episodes), iter(episodes), _fit(episodes), previews))
+    assert len(_rows(_section(page, "tasks"))) == 2 + 200
+    groups = list(_section(page, "episodes").iter("details"))
+    assert len(groups) == 200
+    assert not any("open" in group.attrib for group in groups)
+
+
+def test_code_block_names_what_exists():
+    episodes = list(_episodes(2))
+    page = _read(data_page(_record(episodes, name='it\'s "mine"'), iter(episodes), _fit(episodes), []))
+    tree = ast.parse(_text(_section(page, "loading").find("pre")))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.name for node in imports for alias in node.names} >= {"TokenDataset", "TokenSamples"}
+    for node in imports:  # read, not imported: that takes a model's libraries and many seconds
+        source = Path(importlib.util.find_spec(node.module).origin).read_text(encoding="utf-8")
+        assert all(re.search(rf'(class |import |"){alias.name}\b', source) for alias in node.names)
+    assert next(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)) == 'it\'s "mine"'
+
+
+def test_a_page_that_would_contradict_the_record_is_refused():
+    episodes = list(_episodes(6))
+    actions = _fit(episodes)
+    with pytest.raises(ValueError, match=r"demo_0 is of split 'train'; recorded: test"):
+        data_page({"splits": {"test": {"episodes": 6}}}, iter(episodes), actions, [])
+    with pytest.raises(ValueError, match=r"split 'train' has 6 episodes; recorded: 7"):
+        data_page({"splits": {"train": {"episodes": 7}}}, iter(episodes), actions, [])
+    with pytest.raises(ActionError, match="last axis must be 4"):
+        data_page(_record(episodes), iter(episodes), ActionTokenizer([-1] * 4, [1] * 4), [])

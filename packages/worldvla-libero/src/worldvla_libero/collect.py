@@ -136,9 +136,10 @@ def collect(
     items = {_part(i, n): Attempt(task, n, seed) for i, task in enumerate(tasks) for n in range(limit)}
 
     def wanted(name: str, parts: Mapping[str, Path | Dropped]) -> bool:
-        prefix = name.split("-")[0]
-        successes = sum(isinstance(part, Path) for key, part in parts.items() if key.startswith(prefix + "-"))
-        return successes < episodes
+        # Later attempts do not count: they may have ended first, and this one may still be among the first.
+        first = f"{name.split('-')[0]}-"
+        earlier = (part for key, part in parts.items() if first <= key < name)
+        return sum(isinstance(part, Path) for part in earlier) < episodes
 
     with Job[Attempt, Episode](Path(out), RECORD_FILE, settings) as job:
         if not job.ended:
@@ -151,7 +152,7 @@ def collect(
                 wanted=wanted,
                 on_part=on_part,
             )
-            table = [_finish(job.out, task, i, parts, episodes) for i, task in enumerate(tasks)]
+            table = [_finish(job, task, i, parts, episodes) for i, task in enumerate(tasks)]
             job.end({"tasks": table})
         return job.content()
 
@@ -161,7 +162,7 @@ def _part(task: int, number: int) -> str:
 
 
 def _finish(
-    out: Path, task: Task, index: int, parts: Mapping[str, Path | Dropped], episodes: int
+    job: Job[Attempt, Episode], task: Task, index: int, parts: Mapping[str, Path | Dropped], episodes: int
 ) -> dict[str, Any]:
     """Put a task's successes into its file; attempts beyond the last one needed are those of other workers."""
     made: list[Path] = []
@@ -185,15 +186,13 @@ def _finish(
     }
     if made:
         row["file"] = f"{task.name}_demo.hdf5"
-        steps = merge_demonstrations(
-            out / row["file"],
-            made,
-            attributes={
-                "bddl_file_name": f"bddl_files/{task.suite}/{task.name}.bddl",
-                "macros_image_convention": "opengl",
-                "source": "worldvla scripted expert, privileged state",
-                "attempts": number,
-            },
-        )
+        attributes = {
+            "bddl_file_name": f"bddl_files/{task.suite}/{task.name}.bddl",
+            "macros_image_convention": "opengl",
+            "source": "worldvla scripted expert, privileged state",
+            "attempts": number,
+        }
+        with job.storing(row["file"]):
+            steps = merge_demonstrations(job.out / row["file"], made, attributes=attributes)
         row["mean_steps"] = steps / len(made)
     return row

@@ -31,7 +31,7 @@ _TRAINING = "train"  # the split that the bounds are fitted to
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 _GREY = "#666666"
 
-_FIGURE_SIZE = (3.7, 1.5)  # inches; about as wide as a column of the page, so that letters keep their size
+_FIGURE_SIZE = (3.7, 1.4)  # inches; about as wide as a column of the page, so that letters keep their size
 _LENGTH_BINS = 40
 _UNFOLDED = 20  # tasks with previews, or rows of what was left out; more are folded away
 
@@ -91,7 +91,7 @@ def data_page(
         "Actions": _actions(survey.splits, actions, names),
         "Episodes": _contact_sheet(previews),
         "Left out": _dropped(record["dropped"]) if "dropped" in record else "",
-        "Loading": f"<pre><code>{escape(_LOADING.format(name=name))}</code></pre>",
+        "Loading": f"<pre><code>{escape(_LOADING.format(name=json.dumps(name)))}</code></pre>",
         "Settings": _values(described) if described else "",
     }
     shown = [(title, title.lower().replace(" ", "-"), body) for title, body in sections.items() if body]
@@ -182,16 +182,16 @@ def _facts(survey: _Survey, actions: ActionTokenizer, hz: float | None) -> str:
 
 def _tasks(survey: _Survey) -> str:
     """Episodes and steps by task and split; the sum on top, where it stays in sight."""
+    splits = survey.splits.values()
     columns = [(name, split.episodes, split.steps) for name, split in survey.splits.items()]
     if len(columns) > 1:
-        columns.append(("all", *(sum((c[i] for c in columns), Counter[str]()) for i in (1, 2))))  # type: ignore
+        none = Counter[str]()
+        columns.append(("all", sum((s.episodes for s in splits), none), sum((s.steps for s in splits), none)))
 
     def row(head: str, tasks: Iterable[str]) -> str:
         for _, episodes, steps in columns:
             n, total = (sum(counts[task] for task in tasks) for counts in (episodes, steps))
-            head += (
-                f'<td class="n">{n:,}<small>{total:,} steps</small></td>' if n else '<td class="n">&ndash;</td>'
-            )
+            head += f'<td class="n">{n:,}<small>{total:,} steps</small></td>'
         return f"<tr>{head}</tr>"
 
     rows = []
@@ -216,36 +216,41 @@ def _lengths(splits: Mapping[str, _Split], hz: float | None) -> str:
 
         def draw(axes: Axes) -> None:
             axes.stairs(np.histogram(split.lengths, edges)[0], edges, fill=True, color=split.colour, alpha=0.75)
-            axes.locator_params(axis="y", integer=True, nbins=3)
-            axes.set(xlabel="steps", ylabel="episodes")
+            axes.locator_params(axis="x", integer=True, min_n_ticks=1, nbins=6)
+            axes.locator_params(axis="y", integer=True, min_n_ticks=1, nbins=3)
 
         median = float(np.median(split.lengths))
         seconds = f" ({median / hz:.1f} s)" if hz else ""
         note = f"median {median:g} steps{seconds}, from {min(split.lengths):,} to {max(split.lengths):,}"
         return _panel(name, _figure(draw, f"histogram of episode lengths, {name}"), note)
 
-    return f'<div class="panels">{"".join(panel(name, split) for name, split in splits.items())}</div>'
+    panels = "".join(panel(name, split) for name, split in splits.items())
+    return f'<p>Number of episodes by their number of steps.</p><div class="panels">{panels}</div>'
 
 
 def _actions(splits: Mapping[str, _Split], actions: ActionTokenizer, names: Sequence[Any]) -> str:
     filled = {name: split for name, split in splits.items() if sum(split.lengths)}
+    if not filled:
+        return ""
     end = actions.bins - 1  # the axis counts bins, which suits any unit; its labels are in data units
 
     def panel(d: int) -> str:
         low, high = actions.low[d], actions.high[d]
-        zero = -low / (high - low) if low < high else 0.0
-        ticks = {0.0: low, **({1.0: high} if low < high else {}), **({zero: 0.0} if 0.15 < zero < 0.85 else {})}
+        span = high - low + 1e-8  # as `encode` has it, so that a constant dimension has a place, too
+        upper, zero = (high - low) / span, -low / span
+        ticks = {0.0: low, upper: high, **({zero: 0.0} if 0.15 < zero < upper - 0.15 else {})}
 
         def draw(axes: Axes) -> None:
             top = 0.0
             for name, split in filled.items():
                 # values at the upper bound have a bin of no width, which decodes to the centre of the one before
                 share = np.append(split.counts[d, :-2], split.counts[d, -2:].sum()) / split.counts[d].sum()
-                area = {"fill": True, "alpha": 0.75, "linewidth": 1.2} if name == _TRAINING else {"linewidth": 0.8}
-                axes.stairs(share, color=split.colour, **area)
+                area = name == _TRAINING
+                style = {"alpha": 0.75, "linewidth": 1.2} if area else {"linewidth": 0.8}
+                axes.stairs(share, fill=area, color=split.colour, **style)  # type: ignore[arg-type]
                 top = max(top, share.max())
-            for outside in ((-0.03, 0), (1, 1.03)):
-                axes.axvspan(outside[0] * end, outside[1] * end, color=_GREY, alpha=0.2, linewidth=0)
+            for beyond in ((-0.03, 0), (upper, 1.03)):
+                axes.axvspan(beyond[0] * end, beyond[1] * end, color=_GREY, alpha=0.2, linewidth=0)
             axes.set_yscale("function", functions=(np.sqrt, np.square))
             axes.set(xlim=(-0.03 * end, 1.03 * end), ylim=(0, 1.05 * top))
             axes.set_xticks([place * end for place in ticks], [_number(value) for value in ticks.values()])
@@ -259,11 +264,11 @@ def _actions(splits: Mapping[str, _Split], actions: ActionTokenizer, names: Sequ
             notes.append(f"{escape(name)}: {clipped}")
         return _panel(str(names[d]), _figure(draw, f"share of values per bin, {names[d]}"), *notes)
 
-    key = "".join(f'<i style="background:{s.colour}"></i> {escape(name)} ' for name, s in filled.items())
-    return f"""<p>Share of the values in each of the {actions.bins} bins, on a square-root axis, between the bounds in
-data units. Values in the grey beyond them are clipped to the outermost bins. A bin is used if a value of
-{_TRAINING} falls into it.</p>
-<p class="key">{key}</p>
+    key = [f'<i style="background:{s.colour}"></i><span>{escape(name)}</span>' for name, s in filled.items()]
+    return f"""<p>Share of the values in each of the {actions.bins} bins, on a square-root axis, over data units.
+The grey margins lie outside the bounds: values there are clipped to the outermost bins. A bin is used if a value
+of <i>{_TRAINING}</i> falls into it.</p>
+<p class="key">{"".join(key)}</p>
 <div class="panels">{"".join(panel(d) for d in range(actions.dimensions))}</div>"""
 
 
@@ -282,23 +287,19 @@ def _contact_sheet(previews: Sequence[Preview]) -> str:
             )
         title = f"{escape(instruction)} <small>{escape(task)}</small>"
         html.append(_folded(title, "\n".join(strips), len(groups)))
-    return "\n".join(html)
+    body = "\n".join(html)
+    return body if len(groups) <= _UNFOLDED else f'<div class="scroll">{body}</div>'
 
 
 def _dropped(dropped: Sequence[Mapping[str, Any]]) -> str:
     if not dropped:
         return "<p>Nothing was left out.</p>"
-    reasons = sorted(
-        Counter(str(entry["reason"]) for entry in dropped).items(), key=lambda item: (-item[1], item[0])
-    )
+    reasons = Counter(str(entry["reason"]) for entry in dropped).most_common()
     counts = [f'<tr><td>{escape(reason)}</td><td class="n">{n:,}</td></tr>' for reason, n in reasons]
-    cells = (
-        ("".join(f"<td>{escape(str(entry[key]))}</td>" for key in ("id", "reason", "message")))
-        for entry in dropped
-    )
+    keys = ("id", "reason", "message")
+    rows = ["<tr>" + "".join(f"<td>{escape(str(entry[key]))}</td>" for key in keys) + "</tr>" for entry in dropped]
     head = "<tr><th>episode or file</th><th>reason</th><th>what was wrong</th></tr>"
-    every = _table(head, [f"<tr>{row}</tr>" for row in cells])
-    return _table("", counts) + _folded(f"All {len(dropped):,}", every, len(dropped))
+    return _table("", counts) + _folded(f"All {len(dropped):,}, one by one", _table(head, rows), len(dropped))
 
 
 def _values(value: Any) -> str:
@@ -326,7 +327,7 @@ def _panel(title: str, figure: str, *notes: str) -> str:
 
 
 def _figure(draw: Callable[[Axes], None], alt: str) -> str:
-    """An SVG image, dark on nothing: the page inverts it in the dark."""
+    """An SVG image without background, in colours that can be read on white and, brighter, on black."""
     prepare_process()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -342,7 +343,7 @@ def _figure(draw: Callable[[Axes], None], alt: str) -> str:
     file = BytesIO()
     with rc_context(style):  # type: ignore[arg-type]
         figure = Figure(figsize=_FIGURE_SIZE)
-        draw(figure.add_axes((0.15, 0.27, 0.79, 0.68)))
+        draw(figure.add_axes((0.14, 0.16, 0.78, 0.78)))
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'DejaVu Sans'")  # the font of the page
     return f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
@@ -353,7 +354,7 @@ def _number(value: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
+    return np.format_float_positional(100 * share, precision=2, fractional=False, trim="-") + "%"
 
 
 _LOADING = """\
@@ -361,7 +362,7 @@ from worldvla_libero.samples import ActionSamples, TokenSamples
 from worldvla_libero.shards import TokenDataset
 from worldvla_tokenizers import TextTokenizer
 
-data = TokenDataset.from_pretrained({name!r}, split="train")  # this folder, or a data set on the Hub
+data = TokenDataset.from_pretrained({name}, split="train")  # this folder, or a data set on the Hub
 episode = data[0]  # .instruction, .codes (T, rows, columns), .actions (T, D)
 
 text = TextTokenizer.from_pretrained("folder-of-your-model")
@@ -378,8 +379,9 @@ _PAGE = Template("""\
 <style>
 :root { color-scheme: light; --ink: #1d2329; --soft: #5d6770; --line: #e2e5e9; --paper: #fff; --link: #0072B2; }
 @media screen and (prefers-color-scheme: dark) {
-  :root { color-scheme: dark; --ink: #e4e7ea; --soft: #9aa3ac; --line: #2c3238; --paper: #14171a; --link: #56B4E9; }
-  .panels img, .key i { filter: invert(1) hue-rotate(180deg); }
+  :root { color-scheme: dark; --ink: #e4e7ea; --soft: #9aa3ac; --line: #2c3238; --paper: #14171a;
+    --link: #56B4E9; }
+  .panels img, .key i { filter: brightness(1.3); }
 }
 body { max-width: 1080px; margin: 40px auto; padding: 0 24px; overflow-wrap: anywhere;
   background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
@@ -387,22 +389,24 @@ h1 { margin: 0 0 20px; font-size: 30px; line-height: 1.2; }
 h2 { margin: 48px 0 12px; padding-top: 14px; border-top: 1px solid var(--line); font-size: 20px; }
 h3 { margin: 0 0 4px; font-size: 14px; }
 p { margin: 0 0 8px; max-width: 46em; }
-a { margin-right: 16px; color: var(--link); text-decoration: none; }
+a { color: var(--link); text-decoration: none; }
 small, dt, figcaption, nav, .key { color: var(--soft); font-size: 13px; }
 dl, dd, figure { margin: 0; }
-.facts, nav { display: flex; flex-wrap: wrap; gap: 14px 40px; margin-bottom: 24px; }
+.facts, nav, .key { display: flex; flex-wrap: wrap; gap: 4px 20px; }
+.facts { gap: 14px 40px; margin-bottom: 24px; }
 .facts div { display: flex; flex-direction: column-reverse; }
 .facts dd { font-size: 26px; font-weight: 600; line-height: 1.2; }
 .scroll { max-height: 560px; overflow: auto; margin-bottom: 12px; }
 table { border-collapse: collapse; }
 thead { position: sticky; top: 0; background: var(--paper); }
-th, td { padding: 7px 32px 7px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { min-width: 120px; padding: 7px 32px 7px 0; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top; }
 th small, td small { display: block; font-weight: 400; }
-.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th.n, td.n { min-width: 0; text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 28px 32px; }
 .panels img { display: block; width: 100%; }
 .panels figure, .strip { break-inside: avoid; }
-.key i { display: inline-block; width: 12px; height: 12px; margin-left: 16px; border-radius: 2px; }
+.key i { align-self: center; width: 12px; height: 12px; margin-right: -14px; border-radius: 2px; }
 figcaption b { color: var(--ink); }
 summary { padding: 8px 0; font-weight: 600; cursor: pointer; }
 summary small { margin-left: 8px; font-weight: 400; }
@@ -411,16 +415,17 @@ summary small { margin-left: 8px; font-weight: 400; }
 .strip img { display: block; border-radius: 4px; }
 .strip figcaption { flex: 1 1 200px; }
 pre { overflow-x: auto; padding: 16px 20px; border: 1px solid var(--line); border-radius: 6px; font-size: 13px; }
-section dl div { display: grid; grid-template-columns: minmax(90px, 160px) 1fr; gap: 16px; padding: 3px 0; }
-section dd { max-height: 480px; overflow: auto; font-size: 14px; }
+section dl div { display: grid; grid-template-columns: minmax(90px, 160px) 1fr; gap: 16px; padding: 3px 0;
+  align-items: baseline; }
+section dd { font-size: 14px; }
 @media (max-width: 640px) {
   body { margin: 24px auto; padding: 0 16px; }
-  th, td { padding-right: 14px; }
+  th, td { min-width: 100px; padding-right: 10px; }
   .strip img { height: 84px; }
 }
 @media print {
   nav { display: none; }
-  .scroll, section dd { max-height: none; }
+  .scroll { max-height: none; }
   .panels { grid-template-columns: repeat(3, 1fr); }
   .strip img { max-width: 100%; }
 }

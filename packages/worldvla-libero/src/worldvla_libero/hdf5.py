@@ -8,6 +8,7 @@ replayed already, as OpenVLA's users have them, name none.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import re
@@ -39,7 +40,7 @@ class HDF5Source:
     """Demonstrations in HDF5 files.
 
     Args:
-        root: a folder, searched with its subfolders, or one file.
+        root: a folder, searched with its subfolders (but not hidden ones: those of unfinished jobs), or one file.
         replay: whether the episodes have to be replayed; None to tell by the files: those that name a LIBERO
             scene have.
 
@@ -97,7 +98,7 @@ class HDF5Source:
                 with _opened(file) as content:
                     for name in sorted(content["data"], key=_natural):
                         # A missing or misshapen array is the episode's own fault, found when it is read.
-                        actions = content["data"][name].get("actions")
+                        actions = content["data"].get(f"{name}/actions")
                         steps = actions.shape[0] if isinstance(actions, h5py.Dataset) and actions.shape else 0
                         keys.append(EpisodeKey(f"{stem}/{name}", _task_name(file), steps))
             except EpisodeError as error:
@@ -117,6 +118,7 @@ class HDF5Source:
         with _opened(found[0]) as content, _reading(id):
             data = content["data"]
             demo = _child(data, name, id)
+            actions = _child(demo, "actions", id)
             existing = _cameras(demo)
             for camera in cameras:
                 if camera not in existing:
@@ -130,9 +132,9 @@ class HDF5Source:
                 id=id,
                 task=_task_name(found[0]),
                 instruction=_instruction(demo, data, _task_name(found[0])),
-                actions=np.asarray(_child(demo, "actions", id), dtype=np.float64),
+                actions=np.asarray(actions, dtype=np.float64),
                 frames={camera: _frames(demo["obs"], existing[camera]) for camera in cameras},
-                robot_states=_proprioception(demo),
+                robot_states=_proprioception(demo, raw="bddl_file_name" in data.attrs),
                 states=None if states is None else np.asarray(states, dtype=np.float64),
                 seed=None if seed is None else int(seed),
                 versions=_versions(data.attrs),
@@ -143,7 +145,8 @@ class HDF5Source:
     def _files(self) -> Sequence[Path]:
         if self.root.is_file():
             return [self.root]
-        return sorted(path for path in self.root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+        found = (path for suffix in SUFFIXES for path in self.root.rglob(f"*{suffix}") if path.is_file())
+        return sorted(p for p in found if not any(s.startswith(".") for s in p.relative_to(self.root).parts))
 
     def _stem(self, file: Path) -> str:
         relative = file.name if file == self.root else file.relative_to(self.root).as_posix()
@@ -245,14 +248,48 @@ def _created(path: str | os.PathLike[str]) -> Iterator[h5py.Group]:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with h5py.File(draft, "w") as content:
-            data = content.create_group("data")
-            yield data
-            if not len(data):
-                raise EpisodeError(Reason.TOO_SHORT, f"{path}: no episode to write")
+        with _Draft(draft, "w+b") as file:
+            try:
+                with h5py.File(file, "w") as content:
+                    data = content.create_group("data")
+                    yield data
+                    if not len(data):
+                        raise EpisodeError(Reason.TOO_SHORT, f"{path}: no episode to write")
+            finally:
+                if file.failure is not None:  # whatever else went wrong came of it
+                    raise file.failure
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+class _Draft(io.FileIO):
+    """A file that keeps its first failure for later.
+
+    HDF5 cannot close a file that it failed to write to: on a full disk the process would end in a segmentation
+    fault.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data)
+        with self._keeping_failure():
+            while left:
+                left = left[super().write(left) :]
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        with self._keeping_failure():
+            super().truncate(size)
+        return self.tell() if size is None else size
+
+    @contextmanager
+    def _keeping_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or error
 
 
 def _write_demo(demo: h5py.Group, episode: Episode) -> None:
@@ -307,16 +344,20 @@ def _opened(file: Path) -> Iterator[h5py.File]:
 
 @contextmanager
 def _reading(id: str) -> Iterator[None]:
-    """HDF5 reports damage inside a file only when the array is read."""
+    """HDF5 reports damage inside a file, and arrays of words, only when the array is read."""
     try:
         yield
-    except OSError as error:
-        raise EpisodeError(Reason.UNREADABLE, f"{id}: damaged ({' '.join(str(error).split())})") from error
+    except EpisodeError:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # h5py has no type of its own
+        message = f"{id}: damaged, or not what it should be ({' '.join(str(error).split())})"
+        raise EpisodeError(Reason.UNREADABLE, message) from error
 
 
 def _child(group: h5py.Group, name: str, id: str) -> Any:
-    if name not in group:
-        raise EpisodeError(Reason.MISSING_KEY, f"{id}: no {name!r}; existing: {', '.join(group) or 'nothing'}")
+    existing = ", ".join(group) if isinstance(group, h5py.Group) else ""
+    if not existing or name not in group:
+        raise EpisodeError(Reason.MISSING_KEY, f"{id}: no {name!r}; existing: {existing or 'nothing'}")
     return group[name]
 
 
@@ -337,19 +378,19 @@ def _frames(observed: h5py.Group, key: str) -> Frames:
     return np.ascontiguousarray(frames[:, ::-1, ::-1]) if key in LIBERO_CAMERAS else frames
 
 
-def _proprioception(demo: h5py.Group) -> NDArray[np.float64] | None:
+def _proprioception(demo: h5py.Group, *, raw: bool) -> NDArray[np.float64] | None:
     observed = demo.get("obs", {})
     if "ee_states" in observed and "gripper_states" in observed:
         return np.concatenate([observed["ee_states"][:], observed["gripper_states"][:]], axis=1, dtype=np.float64)
     if "robot_states" not in demo:
         return None
     states = np.asarray(demo["robot_states"], dtype=np.float64)
-    return proprioception(states) if states.ndim == 2 and states.shape[1] == 9 else states
+    return proprioception(states) if raw and states.ndim == 2 and states.shape[1] == 9 else states
 
 
 def _instruction(demo: h5py.Group, data: h5py.Group, task: str) -> str:
     if "language_instruction" in demo.attrs:
-        return str(demo.attrs["language_instruction"])
+        return _text(demo.attrs["language_instruction"])
     if "problem_info" not in data.attrs:
         return instruction_of(task)  # replayed files keep no attributes; their name says it
     try:
@@ -362,7 +403,11 @@ def _instruction(demo: h5py.Group, data: h5py.Group, task: str) -> str:
 
 
 def _versions(attributes: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(attributes[name]) for name in _DISTRIBUTIONS if name in attributes}
+    return {name: _text(attributes[name]) for name in _DISTRIBUTIONS if name in attributes}
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)  # HDF5 has strings of both kinds
 
 
 def _task_name(file: Path) -> str:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -38,6 +39,7 @@ _MANIFEST = "job.json"
 _LOCK = "lock"
 _DROPPED = ".dropped.json"
 _DRAFT = ".draft-"
+_DRAFTS = re.compile(rf"{re.escape(_DRAFT)}.+|\..+\.[0-9a-f]{{32}}")  # ours, and all that come whole or not at all
 _TRIES = 2  # of an item whose worker was killed: the next one may have been luckier with memory
 
 
@@ -83,6 +85,8 @@ class Job(Generic[Item, Result]):
         return self.record.is_file()
 
     def __enter__(self) -> Self:
+        if self.out.exists() and not self.out.is_dir():
+            raise JobError(f"{self.out} is a file; choose a folder")
         if self.out.is_dir() and not self.ended and not self.folder.is_dir() and any(self.out.iterdir()):
             raise JobError(f"{self.out} is not empty and holds no {self.record.name}; choose another folder")
         if self.ended:
@@ -102,8 +106,8 @@ class Job(Generic[Item, Result]):
                 self._compare(manifest)
             else:
                 write_text_atomic(manifest, json.dumps({"settings": self.settings}, indent=2) + "\n")
-            for draft in self.folder.glob(f"{_DRAFT}*"):
-                draft.unlink()
+            _remove_drafts(self.out)
+            _remove_drafts(self.folder)
         except BaseException:
             self._lock.release()
             raise
@@ -167,23 +171,34 @@ class Job(Generic[Item, Result]):
             done = self._run_on_ray(left, work, store, suffix, workers, store_gpus)
         else:
             done = self._run_here(left, work, store, suffix, workers, lambda n: wanted is None or wanted(n, parts))
-        for name, part in done:
-            parts[name] = part
-            if on_part:
-                on_part(name, part)
-            if strict and isinstance(part, Dropped):
-                done.close()
-                raise EpisodeError(Reason(part.reason), part.message)
+        with closing(done):  # ends the workers, whoever raises
+            for name, part in done:
+                parts[name] = part
+                if on_part:
+                    on_part(name, part)
+                if strict and isinstance(part, Dropped):
+                    raise EpisodeError(Reason(part.reason), part.message)
         return {name: parts[name] for name in items if name in parts}
 
     def content(self) -> dict[str, Any]:
         """The record of the job that has ended, its settings included."""
         return json.loads(self.record.read_text(encoding="utf-8"))
 
+    @contextmanager
+    def storing(self, name: str) -> Iterator[None]:
+        """Around the writing of an output: tells what a failure leaves behind.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        with _storing(name, self.out):
+            yield
+
     def end(self, content: Mapping[str, Any]) -> None:
         """Write the record that says the output is complete, and remove the parts."""
         text = json.dumps({"settings": self.settings, **content}, indent=2, ensure_ascii=False)
-        write_text_atomic(self.record, text + "\n")
+        with self.storing(self.record.name):
+            write_text_atomic(self.record, text + "\n")
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run_here(
@@ -299,19 +314,33 @@ def _keep(
     target = folder / f"{name}{_DROPPED if isinstance(result, Dropped) else suffix}"
     draft = folder / f"{_DRAFT}{uuid4().hex}{suffix}"
     try:
-        if isinstance(result, Dropped):
-            draft.write_text(json.dumps(result._asdict(), ensure_ascii=False) + "\n", encoding="utf-8")
-        else:
-            store(result, draft)
-        os.replace(draft, target)
+        with _storing(name, folder):
+            if isinstance(result, Dropped):
+                draft.write_text(json.dumps(result._asdict(), ensure_ascii=False) + "\n", encoding="utf-8")
+            else:
+                store(result, draft)
+            os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+    return result if isinstance(result, Dropped) else target
+
+
+@contextmanager
+def _storing(name: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StorageError(
             f"{name}: cannot be written to {folder} ({error.strerror or error}); what was stored before stays: "
             "run the same command again once that is mended"
         ) from error
-    finally:
-        draft.unlink(missing_ok=True)
-    return result if isinstance(result, Dropped) else target
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Remove what a killed run had begun to write."""
+    for path in folder.iterdir():
+        if _DRAFTS.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class _RayWork:
@@ -355,7 +384,7 @@ class _Worker:
     def result(self) -> Any:
         try:
             result, error = self.connection.recv()
-        except (EOFError, ConnectionResetError) as gone:
+        except (EOFError, OSError) as gone:  # before its answer, or in the middle of it
             self.process.join()
             code = self.process.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
@@ -375,17 +404,27 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     while True:
         try:
             item = connection.recv()
-        except EOFError:  # the parent is gone
+        except (EOFError, OSError):  # the parent is gone
             return
         try:
             answer: tuple[Any, Exception | None] = attempt(work, item), None
         except Exception as error:  # noqa: BLE001 -- the parent raises it
-            error.add_note("".join(traceback.format_exception(error)))  # tracebacks do not travel
-            answer = None, error
+            answer = None, _portable(error)
         try:
             connection.send(answer)
         except BrokenPipeError:
             return
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself, or one that says the same where it cannot be pickled; tracebacks do not travel."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        error = pickle.loads(pickle.dumps(error))  # noqa: S301
+    except Exception:  # noqa: BLE001 -- classes pickle by code of their own
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(trace)
+    return error
 
 
 def _prepare_worker() -> None:

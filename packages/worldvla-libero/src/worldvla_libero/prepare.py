@@ -313,10 +313,9 @@ class Tokenize:
 
 def load_image_tokenizer(source: str | os.PathLike[str], device: str = "cpu") -> ImageTokenizer:
     """Load an image tokenizer from its own folder, or from that of a model it came with."""
-    from worldvla_model.processing_worldvla import IMAGE_TOKENIZER_FOLDER
-    from worldvla_tokenizers import ImageTokenizer
+    from worldvla_tokenizers.image import FOLDER_NAME, ImageTokenizer
 
-    folder = Path(source, IMAGE_TOKENIZER_FOLDER)
+    folder = Path(source, FOLDER_NAME)
     return ImageTokenizer.from_pretrained(folder if folder.is_dir() else source, device=device)
 
 
@@ -389,6 +388,7 @@ def _finish(
     actions = fit_bounds(training, quantile=how.quantile)
     record: dict[str, Any] = {
         "name": name,
+        "control_hz": read_episodes(next(iter(parts.values())))[1]["control_hz"],
         "fingerprint": fingerprint,
         "splits": {},
         "dropped": [d._asdict() for d in dropped],

@@ -94,7 +94,7 @@ class Replayer:
             RenderingError: there is no OpenGL to render with.
         """
         check_episode(replace(episode, frames={}), dimensions=ACTION_DIM)
-        if episode.states is None:
+        if episode.states is None or not len(episode.states):
             raise EpisodeError(
                 Reason.MISSING_KEY, f"{episode.id}: no 'states'; a replay begins with the first of them"
             )
@@ -239,11 +239,18 @@ def _replay(
         )
         kept = {items[name]: part for name, part in parts.items() if isinstance(part, Path)}
         dropped = [part for part in parts.values() if isinstance(part, Dropped)]
+        if format is not None and not kept:
+            reasons = ", ".join(sorted({part.reason for part in dropped}))
+            message = f"no episode of {source.name} is left: {len(dropped)} dropped ({reasons})"
+            raise EpisodeError(Reason(dropped[0].reason) if dropped else Reason.TOO_SHORT, message)
         if format == "hdf5":
             for task in sorted({key.task for key in kept}):
-                merge_demonstrations(out / f"{task}_demo.hdf5", [p for key, p in kept.items() if key.task == task])
+                file = f"{task}_demo.hdf5"
+                with job.storing(file):
+                    merge_demonstrations(out / file, [p for key, p in kept.items() if key.task == task])
         elif format is not None:
-            _write_lerobot(out, kept, settings, video=format == "lerobot-video")
+            with job.storing("the data set"):
+                _write_lerobot(out, kept, settings, video=format == "lerobot-video")
         record = {
             "tasks": {
                 task: {

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worldvla_libero.shards import TokenDataset, TokenEpisode
-from worldvla_model.processing_worldvla import ProcessorSettings
 from worldvla_tokenizers import ActionTokenizer, TextTokenizer, sequence
-from worldvla_tokenizers.sequence import Sample
+from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
+
+if TYPE_CHECKING:
+    from worldvla_model import ProcessorSettings
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts of the prompts and what is supervised; the `settings` of a model's processor say the same.
+
+    Attributes:
+        action_prompt: text before the images, with `{instruction}`.
+        world_prompt: text before frames and actions.
+        video_prompt: text before the images of video prediction, with `{instruction}`.
+        labels: what is supervised, `published` or `paper`.
+    """
+
+    action_prompt: str = ACTION_PROMPT
+    world_prompt: str = WORLD_PROMPTS["published"]
+    video_prompt: str = VIDEO_PROMPT
+    labels: LabelRule = "published"
 
 
 class SampleWriter:
@@ -21,11 +40,11 @@ class SampleWriter:
     Args:
         text: words ↔ ids.
         actions: actions ↔ ids.
-        settings: prompts and label rule.
+        settings: prompts and label rule: `Prompts`, or the settings of a model's processor.
     """
 
     def __init__(
-        self, text: TextTokenizer, actions: ActionTokenizer, settings: ProcessorSettings = ProcessorSettings()
+        self, text: TextTokenizer, actions: ActionTokenizer, settings: Prompts | ProcessorSettings = Prompts()
     ) -> None:
         self.text, self.settings, self.vocabulary = text, settings, text.vocabulary
         self.actions = actions.encode  # (n, D) in data units → (n, D) ids
@@ -152,7 +171,7 @@ class TokenSamples(Sequence[Sample]):
         kind: `ActionSamples`, `WorldSamples`, `VideoSamples`, or anything with their two methods.
         text: words ↔ ids.
         actions: actions ↔ ids; by default the bounds that are stored with the data.
-        settings: prompts and label rule.
+        settings: prompts and label rule: `Prompts`, or the settings of a model's processor.
 
     Attributes:
         too_short: how many episodes have too few steps for any sample of this kind.
@@ -172,7 +191,7 @@ class TokenSamples(Sequence[Sample]):
         text: TextTokenizer,
         *,
         actions: ActionTokenizer | None = None,
-        settings: ProcessorSettings = ProcessorSettings(),
+        settings: Prompts | ProcessorSettings = Prompts(),
     ) -> None:
         self.data, self.kind = data, kind
         self.writer = SampleWriter(text, actions or data.actions, settings)

@@ -20,11 +20,11 @@ from worldvla_tokenizers.files import (
     staged_folder,
     write_text_atomic,
 )
+from worldvla_tokenizers.image import FOLDER_NAME as IMAGE_FOLDER_NAME
 from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
 
 FILE_NAME = "processor_config.json"
 TEXT_FILE_NAME = "tokenizer.json"
-IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class WorldVLAProcessor:
         content = {"processor_class": type(self).__name__, **asdict(self.settings)}
         with staged_folder(save_directory) as stage:
             self.text.save_pretrained(stage)
-            self.images.save_pretrained(stage / IMAGE_TOKENIZER_FOLDER)
+            self.images.save_pretrained(stage / IMAGE_FOLDER_NAME)
             self.actions.save_pretrained(stage)
             write_text_atomic(stage / FILE_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -248,7 +248,7 @@ class WorldVLAProcessor:
         if FILE_NAME in found:
             settings = json.loads(found[FILE_NAME].read_text(encoding="utf-8"))
             settings.pop("processor_class", None)
-            image_folder = "/".join(filter(None, (subfolder, IMAGE_TOKENIZER_FOLDER)))
+            image_folder = "/".join(filter(None, (subfolder, IMAGE_FOLDER_NAME)))
             actions = ActionTokenizer.from_pretrained(source, **hub)
         unknown = sorted((settings | options).keys() - ProcessorSettings.__dataclass_fields__.keys())
         if unknown:

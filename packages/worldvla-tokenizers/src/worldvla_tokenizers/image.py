@@ -17,6 +17,8 @@ from worldvla_tokenizers.files import HubOptions, resolve_files, staged_folder, 
 from worldvla_tokenizers.vqgan import VQGAN
 
 SETTINGS_NAME = "image_tokenizer.json"
+FOLDER_NAME = "image_tokenizer"
+"""Folder of the image tokenizer beside a model's weights."""
 
 UNIT = 32
 """Pixels of one unit of image size, as the grid tokens count it."""
