@@ -1,7 +1,7 @@
 """Token shards against the published pre-tokenization: frames encoded, disk, samples a second, memory.
 
-The published procedure, restated: every sample is made alone, each of its frames goes through the encoder anew, and
-its ids and labels are pickled as Python lists into a file of their own. Ours is `prepare`: each frame is encoded
+The published procedure, restated: every sample is made alone, each of its frames goes through the encoder anew,
+and its ids and labels are pickled as Python lists into a file of their own. Ours is `prepare`: each frame is encoded
 once, and samples are assembled when they are asked for. Both sides must give the same samples, id by id.
 
     python benchmarks/data_pipeline.py [--quick] [--seed 0]
@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -43,7 +43,9 @@ from worldvla_libero.shards import RECORD_FILE, TokenDataset, TokenEpisode, fing
 from worldvla_libero.versions import installed_versions
 from worldvla_tokenizers import ActionTokenizer, TextTokenizer
 from worldvla_tokenizers.sequence import Sample
-from worldvla_tokenizers.vqgan import VQGAN
+
+if TYPE_CHECKING:
+    from worldvla_tokenizers import VQGAN
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 TOKENIZER = FIXTURES / "published" / "tokenizer"
@@ -204,6 +206,8 @@ class Tally:
 @contextmanager
 def encoder_counted() -> Iterator[Tally]:
     """Counts on the VQ-GAN's own encoder, so that no side can pass by."""
+    from worldvla_tokenizers import VQGAN  # brings torch, which the processes of part 4 can do without
+
     tally, plain = Tally(), VQGAN.encode
 
     def encode(self: VQGAN, pixels: Any) -> Any:
@@ -392,6 +396,8 @@ class Memory(NamedTuple):
 
 def watched(function: Callable[[Path, int, int, int], None], *arguments: Any) -> Memory:
     """Call a function and look at this process's memory every few milliseconds."""
+    place, _, *others = arguments
+    function(place / "warm", 8, *others)  # imports and first uses are no matter of size
     base, ended, seen = resident(), threading.Event(), []
 
     def look() -> None:

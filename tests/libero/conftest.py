@@ -1,14 +1,56 @@
-"""One simulator for all tests: building a scene takes seconds."""
+"""What several files of tests need: a simulator, which takes seconds to build, and made-up token data sets."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from worldvla_libero.shards import RECORD_FILE, TokenEpisode, fingerprint_of, write_episodes
 from worldvla_libero.simulator import Simulator
 from worldvla_libero.suites import load_suite
+from worldvla_tokenizers import ActionTokenizer
 
 
 @pytest.fixture(scope="session")
 def simulator() -> Iterator[Simulator]:
     with Simulator(load_suite("libero_goal").task(0), image_size=128) as simulator:
         yield simulator
+
+
+def make_episodes(count: int, *, dimensions: int = 7, seed: int = 0) -> list[TokenEpisode]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        steps, rows, columns = int(rng.integers(3, 12)), 2 * int(rng.integers(1, 4)), 4
+        codes = rng.integers(0, 8192, (steps, rows, columns)).astype(np.uint16)
+        words = f"lift “{i % 3}” [it] ünï"
+        made.append(
+            TokenEpisode(f"a/demo_{i}", f"task {i % 3}", words, codes, rng.normal(size=(steps, dimensions)))
+        )
+    return made
+
+
+def make_data_set(root: Path, made: list[TokenEpisode], *, per_shard: int = 100, tokenizer: str = "x") -> Path:
+    settings = {"image_tokenizer": tokenizer}
+    (root / "data").mkdir(parents=True)
+    files = []
+    for start in range(0, len(made), per_shard):
+        files.append(f"data/train-{len(files):05d}.arrow")
+        chunk = made[start : start + per_shard]
+        write_episodes(root / files[-1], chunk, {"fingerprint": fingerprint_of(settings)})
+    record = {"settings": settings, "fingerprint": fingerprint_of(settings), "splits": {"train": {"files": files}}}
+    (root / RECORD_FILE).write_text(json.dumps(record))
+    ActionTokenizer.published().save_pretrained(root)
+    return root
+
+
+@pytest.fixture
+def episodes() -> Callable[..., list[TokenEpisode]]:
+    return make_episodes
+
+
+@pytest.fixture
+def data_set() -> Callable[..., Path]:
+    return make_data_set

@@ -123,7 +123,7 @@ def so101(tmp_path) -> Path:
 )
 def test_data_sets_of_the_real_lerobot(name, control_hz, psnr):
     assert is_lerobot(FIXTURES / name)
-    source = pickle.loads(pickle.dumps(LeRobotSource(FIXTURES / name)))  # noqa: S301
+    source = pickle.loads(pickle.dumps(LeRobotSource(FIXTURES / name)))
     truth = _made(name)
     assert (source.name, source.needs_replay) == (name, False)
     assert source.cameras == MADE["DATA_SETS"][name]["cameras"]

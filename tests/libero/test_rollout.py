@@ -30,14 +30,14 @@ class Numbered:
 
     def reset(self, initial_state=0, *, seed=None):
         self.actions = []
-        return StepResult(self._frame(), success=False, step=0)
+        return StepResult(success=False, step=0, frames=self._frames())
 
     def step(self, action, *, observe):
         self.actions.append(action)
-        return StepResult(self._frame() if observe else None, success=False, step=len(self.actions))
+        return StepResult(success=False, step=len(self.actions), frames=self._frames() if observe else {})
 
-    def _frame(self):
-        return np.full((2, 2, 3), len(self.actions))
+    def _frames(self):
+        return {"agentview": np.full((2, 2, 3), len(self.actions))}
 
 
 @pytest.mark.parametrize(("history_length", "lengths"), [(2, [3]), (1, [2]), (3, [1, 2]), (4, [2, 1, 1, 5])])
@@ -95,7 +95,7 @@ def test_rendering_less_changes_no_frame_and_no_motion(simulator):
 
 def test_success_ends_an_episode(simulator):
     simulator.reset(observe=False)
-    sim = simulator._environment.sim
+    sim = simulator.environment.sim
     joint = next(name for name in sim.model.joint_names if name and "middle" in name)
     sim.data.set_joint_qpos(joint, -0.16)
     run = rollout(Scripted(1, [5]), simulator, initial_state=simulator.state, max_steps=20)

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,13 @@ def test_missing_gl_is_a_clear_error(environment, message):
     last = ran.stderr.strip().splitlines()[-1]
     assert "RenderingError" in last
     assert message in last
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="torch comes without triton on this platform")
+def test_torch_can_load_triton_after_the_renderer():
+    code = "from worldvla_libero.rendering import check_rendering; check_rendering(); import triton"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_a_rollout_is_silent_and_leaves_the_home_untouched(tmp_path: Path):

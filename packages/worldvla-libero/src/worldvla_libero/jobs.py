@@ -60,7 +60,8 @@ class Job(Generic[Item, Result]):
         settings: all that the results depend on, as JSON; whoever goes on has to come with the same.
 
     Raises:
-        JobError: `out` was filled or begun with other settings, holds something else, or is being worked on.
+        JobError: `out` is a file, was filled or begun with other settings, holds something else, or another run
+            is at work on it.
 
     Example:
         ```python
@@ -153,6 +154,7 @@ class Job(Generic[Item, Result]):
         Raises:
             EpisodeError: with `strict`, the first item that was dropped.
             StorageError: a part could not be written.
+            JobError: a worker process could not start.
             ValueError: `workers` is below 1.
         """
         if workers < 1:
@@ -375,20 +377,21 @@ class _Worker:
         self.process.start()
         far.close()  # so that the end of the process is the end of the pipe
         self.name = ""
+        self._started = False
 
     def begin(self, name: str, item: Any) -> None:
         self.name = name
+        if not self._started:
+            self._await_start()
         with suppress(BrokenPipeError):  # it has died; `result` says so
             self.connection.send(item)
 
     def result(self) -> Any:
         try:
-            result, error = self.connection.recv()
+            answer = self.connection.recv_bytes()
         except (EOFError, OSError) as gone:  # before its answer, or in the middle of it
-            self.process.join()
-            code = self.process.exitcode or 0
-            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            raise WorkerKilledError(f"the worker process ended ({how})") from gone
+            raise WorkerKilledError(f"the worker process ended ({self._end()})") from gone
+        result, error = pickle.loads(answer)  # noqa: S301 -- of our own process
         if error is not None:
             raise error
         return result
@@ -398,20 +401,37 @@ class _Worker:
         self.process.join()
         self.connection.close()
 
+    def _await_start(self) -> None:
+        try:
+            self.connection.recv_bytes()
+        except (EOFError, OSError) as gone:
+            raise JobError(
+                f"a worker process could not start ({self._end()}; see its own message above): what it works with "
+                "must be importable, and a script that begins a job needs `if __name__ == '__main__':`"
+            ) from gone
+        self._started = True
+
+    def _end(self) -> str:
+        self.process.join()
+        code = self.process.exitcode or 0
+        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
 
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     _prepare_worker()
+    with suppress(BrokenPipeError):
+        connection.send_bytes(b"started")
     while True:
         try:
             item = connection.recv()
         except (EOFError, OSError):  # the parent is gone
             return
         try:
-            answer: tuple[Any, Exception | None] = attempt(work, item), None
+            answer = pickle.dumps((attempt(work, item), None))
         except Exception as error:  # noqa: BLE001 -- the parent raises it
-            answer = None, _portable(error)
+            answer = pickle.dumps((None, _portable(error)))
         try:
-            connection.send(answer)
+            connection.send_bytes(answer)
         except BrokenPipeError:
             return
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import importlib.util
 import json
 import logging
@@ -33,6 +34,7 @@ def check_rendering() -> None:
     """
     prepare_process()
     libero_root()
+    _load_triton()
     backend = os.environ.get("MUJOCO_GL", "").lower().strip()
     if sys.platform == "linux" and backend not in GL_BACKENDS:
         raise RenderingError(f"MUJOCO_GL is {backend!r}; allowed: {', '.join(GL_BACKENDS)} (egl by default)")
@@ -133,6 +135,17 @@ def _set_robosuite_macros() -> None:
     macros.CACHE_NUMBA = os.access(folder / "utils", os.W_OK)
     sys.modules["robosuite.macros"] = macros
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+
+
+def _load_triton() -> None:
+    """Let triton be loaded ahead of Mesa, else torch would crash the process when it loads triton later on.
+
+    Mesa's software renderer makes the symbols of its LLVM global. libtriton (3.7) exports those of its own LLVM, so
+    it takes the wrong ones if it comes second, and its initialization ends in a segmentation fault. The same happens
+    beside TensorFlow: https://github.com/tensorflow/tensorflow/issues/124205
+    """
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("triton")
 
 
 @functools.cache

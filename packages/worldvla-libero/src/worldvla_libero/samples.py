@@ -14,7 +14,7 @@ from worldvla_tokenizers import ActionTokenizer, TextTokenizer, sequence
 from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
 
 if TYPE_CHECKING:
-    from worldvla_model import ProcessorSettings
+    from worldvla_model.processing_worldvla import ProcessorSettings
 
 
 @dataclass(frozen=True)
