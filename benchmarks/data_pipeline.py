@@ -1,8 +1,10 @@
 """Token shards against the published pre-tokenization: frames encoded, disk, samples a second, memory.
 
 The published procedure, restated: every sample is made alone, each of its frames goes through the encoder anew,
-and its ids and labels are pickled as Python lists into a file of their own. Ours is `prepare`: each frame is encoded
-once, and samples are assembled when they are asked for. Both sides must give the same samples, id by id.
+and its ids and labels are pickled as Python lists into a file of their own. It runs once for every set of samples,
+that is for every M and K: the released models need one set of action samples and one of world samples, the paper's
+comparisons need more. Ours is `prepare`: each frame is encoded once, whatever is trained then, and samples are
+assembled when they are asked for. Both sides must give the same samples, id by id.
 
     python benchmarks/data_pipeline.py [--quick] [--seed 0]
 
@@ -18,20 +20,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported:
 import argparse
 import json
 import pickle
-import platform
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
+from common import FIXTURES, print_machine, print_others, table, watching_others, yes
 from PIL import Image
 
 from worldvla_libero.episodes import Dropped, Episode, EpisodeKey
@@ -40,20 +42,25 @@ from worldvla_libero.jobs import WORK_FOLDER
 from worldvla_libero.prepare import PART_SUFFIX, PrepareSettings, load_image_tokenizer, plan, prepare
 from worldvla_libero.samples import ActionSamples, SampleKind, SampleWriter, TokenSamples, WorldSamples
 from worldvla_libero.shards import RECORD_FILE, TokenDataset, TokenEpisode, fingerprint_of, write_episodes
-from worldvla_libero.versions import installed_versions
 from worldvla_tokenizers import ActionTokenizer, TextTokenizer
 from worldvla_tokenizers.sequence import Sample
 
 if TYPE_CHECKING:
     from worldvla_tokenizers import VQGAN
 
-FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 TOKENIZER = FIXTURES / "published" / "tokenizer"
 CAMERA = "agentview"
 CODES = 16  # rows and columns of codes of a frame of 256 px
 
-ACTION, LONG_ACTION, WORLD = ActionSamples(2, 5), ActionSamples(2, 10), WorldSamples(1, 1)
-MIX = (ACTION, WORLD)  # the published training data, about 1:1
+Kinds: TypeAlias = tuple[SampleKind, ...]
+
+ACTION, ONE_ACTION, LONG_ACTION = ActionSamples(2, 5), ActionSamples(2, 1), ActionSamples(2, 10)
+WORLD = WorldSamples(1, 1)
+MIX: Kinds = (ACTION, WORLD)  # what the released models are trained on, about 1:1
+TABLE_3: Kinds = (*MIX, ONE_ACTION)  # the paper's main comparison: with and without chunks and world data
+TABLE_5: Kinds = tuple(ActionSamples(history, actions) for history in (1, 2, 4) for actions in (1, 5))
+
+AGAINST = ("", "published", "ours", "ratio", "needed", "reached")
 
 
 class Sizes(NamedTuple):
@@ -88,11 +95,11 @@ def main() -> None:
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
     print_machine(seed=options.seed, sizes="quick" if options.quick else "default")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, watching_others() as others:
         for part in (encoding, storage, memory):
             (Path(folder) / part.__name__).mkdir()
             part(Path(folder) / part.__name__, sizes, options.seed)
-    print("\nload average at the end: {:.2f} {:.2f} {:.2f}".format(*os.getloadavg()))
+    print_others(others)
 
 
 # Frames encoded -----------------------------------------------------------------------------------------------
@@ -108,42 +115,68 @@ def encoding(folder: Path, sizes: Sizes, seed: int) -> None:
     tokenizer = load_image_tokenizer(TOKENIZER)
     tokenizer.encode(episodes[0].frames[CAMERA][:2], target=sizes.image_size)  # warm
 
-    with encoder_counted() as published, timed(published):
-        samples = (
-            sample_alone(episode, kind, t, tokenizer.encode, sizes.image_size, writer)
-            for kind in MIX
-            for episode in episodes
-            for t in range(kind.count(len(episode)))
-        )
-        pickles = write_pickles(folder / "pickles", samples)
+    published, pickles = {}, {}
+    for kind in TABLE_3:
+        with encoder_counted() as published[kind], timed(published[kind]):
+            samples = (
+                sample_alone(episode, kind, t, tokenizer.encode, sizes.image_size, writer)
+                for episode in episodes
+                for t in range(kind.count(len(episode)))
+            )
+            pickles[kind] = write_pickles(folder / named(kind), samples)
+        assert published[kind].frames == sum(encodings(kind, len(episode)) for episode in episodes)
     settings = PrepareSettings(image_size=sizes.image_size, fraction=1.0)  # all train: one split to compare
     with encoder_counted() as ours, timed(ours):
         prepare(plan(source, settings), folder / "shards", TOKENIZER, settings)
 
     data = TokenDataset(folder / "shards")
-    assembled = [sample for kind in MIX for sample in TokenSamples(data, kind, text, actions=actions)]
-    assert [read_pickle(path) for path in pickles] == [tuple(sample) for sample in assembled], (
-        "not the same samples"
-    )
+    for kind, paths in pickles.items():
+        assembled = [tuple(sample) for sample in TokenSamples(data, kind, text, actions=actions)]
+        assert [read_pickle(path) for path in paths] == assembled, f"not the same samples: {named(kind)}"
 
-    counts = [sum(kind.count(len(episode)) for episode in episodes) for kind in MIX]
+    counts = ", ".join(f"{len(paths):,} of {named(kind)}" for kind, paths in pickles.items())
     print(
-        f"\n1  From frames to samples: {len(episodes)} episodes (actions and lengths of the raw demonstrations in "
-        f"tests/fixtures,\n   frames from there with noise), {frames} frames of {sizes.image_size} px, "
-        f"{counts[0]} samples {ACTION} and {counts[1]} {WORLD};\n   narrow VQ-GAN of tests/fixtures, batch size 1. "
-        f"The {len(assembled)} samples of both sides are equal."
+        f"\n1  From frames to samples: {len(episodes)} episodes (actions of the raw demonstrations in "
+        f"tests/fixtures, at most {sizes.steps}\n   steps; frames from there with noise), {frames} frames of "
+        f"{sizes.image_size} px; narrow VQ-GAN of tests/fixtures, batch size 1;\n   samples: {counts}.\n   All "
+        f"{sum(map(len, pickles.values())):,} samples of both sides are equal."
     )
-    both = sum(frames_encoded(kind, len(episode)) for kind in (*MIX, LONG_ACTION) for episode in episodes)
+    mix, comparison = (sum_of(published[kind] for kind in kinds) for kinds in (MIX, TABLE_3))
     table(
         [
-            ratio("frames encoded", published.frames, ours.frames, needed=4),
-            ratio("frames encoded, K = 10 too (counted)", both, frames),
-            ratio("seconds in the encoder", published.encoding, ours.encoding),
-            ratio("seconds in all (ours: all of `prepare`)", published.seconds, ours.seconds),
-            *disk_rows(pickles, list((folder / "shards" / "data").iterdir()), len(assembled)),
-        ]
+            ratio("frames encoded, Table 3 (all three sets)", comparison.frames, ours.frames, needed=4),
+            ratio("  of these for the released mix alone", mix.frames, ours.frames, needed=4),
+            ratio("seconds in the encoder, Table 3", comparison.encoding, ours.encoding),
+            ratio("  released mix alone", mix.encoding, ours.encoding),
+            ratio("seconds in all, Table 3 (ours: all of `prepare`)", comparison.seconds, ours.seconds),
+            ratio("  released mix alone", mix.seconds, ours.seconds),
+        ],
+        AGAINST,
     )
-    print("   An episode of T steps has 4T - 11 encodings in the published procedure: its ratio is below 4.")
+    print_counts()
+
+
+def print_counts() -> None:
+    """Frames that the published procedure encodes, set by set; the sets above have shown that it is so counted."""
+    lengths = [key.steps for key in HDF5Source(FIXTURES / "demos" / "libero_object").list()[0]]
+    frames = sum(lengths)
+    print(
+        f"\n   Counted for the {len(lengths)} raw demonstrations at full length (T = "
+        f"{', '.join(map(str, lengths))}): {frames} frames, which ours encodes\n   once, whatever is then trained:"
+    )
+
+    def row(what: str, kinds: Kinds, *, needed: int | None = None) -> list[str]:
+        encoded = sum(encodings(kind, steps) for kind in kinds for steps in lengths)
+        reached = ["", ""] if needed is None else [f"{needed}x", yes(encoded >= needed * frames)]
+        return [what, formula(kinds), f"{encoded:,}", f"{encoded / frames:.2f}x", *reached]
+
+    rows = [row(named(kind), (kind,)) for kind in (*TABLE_5, LONG_ACTION, WORLD)]
+    rows.append(row("released mix: action M=2 K=5, world", MIX, needed=4))
+    rows.append(row("  of LIBERO-Long: action M=2 K=10, world", (LONG_ACTION, WORLD), needed=4))
+    rows.append(row("Table 3: action M=2 K=1 and 5, world", TABLE_3, needed=4))
+    rows.append(row("Tables 3 and 5: action M=1, 2, 4 K=1 and 5, world", (*TABLE_5, WORLD), needed=4))
+    table(rows, ["", "frames of T steps", "published", "ratio", "needed", "reached"])
+    print("   In the released mix a frame stands in 4 samples, one near an end in fewer: always below 4x.")
 
 
 def write_frames(folder: Path, sizes: Sizes, seed: int) -> Path:
@@ -190,8 +223,23 @@ def frames_of(kind: SampleKind, t: int) -> range:
     return range(max(0, t + 1 - kind.history), t + 1)
 
 
-def frames_encoded(kind: SampleKind, steps: int) -> int:
+def encodings(kind: SampleKind, steps: int) -> int:
+    """Frames that the published procedure encodes for an episode."""
     return sum(len(frames_of(kind, t)) for t in range(kind.count(steps)))
+
+
+def formula(kinds: Kinds) -> str:
+    """Frames encoded for a long episode: it is linear in T, the number of steps."""
+    short, long = (sum(encodings(kind, steps) for kind in kinds) for steps in (100, 101))
+    slope = long - short
+    return f"{slope if slope > 1 else ''}T {short - 100 * slope:+d}".replace(" -", " - ").replace(" +0", "")
+
+
+def named(kind: SampleKind) -> str:
+    if isinstance(kind, WorldSamples):
+        return f"world h={kind.history} N={kind.rounds}"
+    assert isinstance(kind, ActionSamples)
+    return f"action M={kind.history} K={kind.actions}"
 
 
 @dataclass
@@ -201,6 +249,10 @@ class Tally:
     frames: int = 0
     encoding: float = 0.0
     seconds: float = 0.0
+
+
+def sum_of(tallies: Iterable[Tally]) -> Tally:
+    return Tally(*map(sum, zip(*map(astuple, tallies), strict=True)))
 
 
 @contextmanager
@@ -217,7 +269,7 @@ def encoder_counted() -> Iterator[Tally]:
         tally.frames += len(pixels)
         return codes
 
-    VQGAN.encode = encode  # type: ignore[method-assign]
+    VQGAN.encode = encode  # type: ignore[method-assign, assignment]
     try:
         yield tally
     finally:
@@ -239,20 +291,21 @@ def storage(folder: Path, sizes: Sizes, seed: int) -> None:
     text = TextTokenizer.from_pretrained(TOKENIZER)
     data = write_data_set(folder / "shards", synthetic(sizes.stored, seed))
     steps = int(data.lengths.sum())
-    kinds = {kind: TokenSamples(data, kind, text) for kind in (ACTION, LONG_ACTION, WORLD)}
+    kinds = {kind: TokenSamples(data, kind, text) for kind in (*MIX, LONG_ACTION)}
     last = sum(int(n) for n in data.lengths[: sizes.pickled])
-    pickles = {}
+    pickles: dict[SampleKind, list[Path]] = {}
     for kind, samples in kinds.items():
         count = sum(kind.count(int(n)) for n in data.lengths[: sizes.pickled])
-        pickles[kind] = write_pickles(folder / type(kind).__name__ / str(kind), (samples[i] for i in range(count)))
+        pickles[kind] = write_pickles(folder / named(kind), (samples[i] for i in range(count)))
         assert [read_pickle(path) for path in pickles[kind][:50]] == [tuple(sample) for sample in samples[:50]]
     print(
-        f"\n2  On disk: {sizes.stored} episodes, {steps:,} frames of 256 px (codes drawn at random); pickles of the "
-        f"first {sizes.pickled} episodes ({last:,} steps);\n   samples {ACTION} and {WORLD}"
+        f"\n2  On disk: {sizes.stored} episodes, {steps:,} frames of 256 px (codes drawn at random); pickles of "
+        f"the first\n   {sizes.pickled} episodes ({last:,} steps), {named(ACTION)} and {named(WORLD)}; "
+        "50 of each are read back and are equal"
     )
     stored = sum(len(kinds[kind]) for kind in MIX)
     shards = list((folder / "shards" / "data").iterdir())
-    table(disk_rows([path for kind in MIX for path in pickles[kind]], shards, stored))
+    table(disk_rows([path for kind in MIX for path in pickles[kind]], shards, stored), AGAINST)
 
     print(
         f"\n3  Samples a second, in random order, one thread: ours assembled from all {sizes.stored} episodes, "
@@ -278,7 +331,7 @@ def storage(folder: Path, sizes: Sizes, seed: int) -> None:
         published, ours = (median(rates) for rates in wall.values())
         rows.append(
             [
-                str(kind),
+                named(kind),
                 f"{published:,.0f}",
                 f"{ours:,.0f} ({min(wall['ours']):,.0f} … {max(wall['ours']):,.0f})",
                 f"{median(cpu):,.0f}",
@@ -353,10 +406,11 @@ def memory(folder: Path, sizes: Sizes, seed: int) -> None:
     """Data sets of growing size, each written and read in processes of their own."""
     draws = sizes.draws
     print(
-        f"\n4  Memory [MiB], each figure from a process of its own: `prepare` with all episodes tokenized (split, bounds,"
-        f"\n   shards, page), and opening the data set and assembling {draws:,} random samples {ACTION}. private: memory"
-        "\n   of the process itself, over what it had after its imports; mapped: pages of the shards, which the system"
-        "\n   shares and takes back at will; peak RSS: all of it, imports (torch among them) included."
+        "\n4  Memory [MiB], each figure from a process of its own: `prepare` with all episodes tokenized (split, "
+        f"bounds, shards,\n   page), and opening the data set and assembling {draws:,} random samples, "
+        f"{named(ACTION)}; each with 8 episodes\n   first, to warm. private: memory of the process itself, over "
+        "what it had when warm; mapped: pages of the shards,\n   which the system shares and takes back at will; "
+        "peak RSS: all of it, imports (torch among them) included."
     )
     rows, grown = [], {}
     for episodes in sizes.episodes:
@@ -464,41 +518,11 @@ def open_and_draw(folder: Path, episodes: int, seed: int, draws: int) -> None:
 # Printing -----------------------------------------------------------------------------------------------------
 
 
-def print_machine(**settings: object) -> None:
-    """What the figures below depend on."""
-    described = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        described = next(
-            (line.split(": ")[1].strip() for line in file if line.startswith("model name")), described
-        )
-    versions = {**installed_versions(), **installed_versions(["pyarrow", "datasets"])}
-    print(f"machine   {described}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}")
-    print("load      {:.2f} {:.2f} {:.2f}".format(*os.getloadavg()))
-    print("versions  " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    print("settings  " + ", ".join(f"{name} {value}" for name, value in settings.items()))
-
-
 def ratio(what: str, published: float, ours: float, *, needed: float | None = None) -> list[str]:
     """A row of the usual table: how many times less ours is."""
     digits = ",.1f" if isinstance(ours, float) else ",d"
     reached = ["", ""] if needed is None else [f"{needed:g}x", yes(published / ours >= needed)]
     return [what, f"{published:{digits}}", f"{ours:{digits}}", f"{published / ours:.2f}x", *reached]
-
-
-def table(
-    rows: Sequence[Sequence[str]], head: Sequence[str] = ("", "published", "ours", "ratio", "needed", "reached")
-) -> None:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        print("   " + "  ".join(cells).rstrip())
-
-
-def yes(reached: bool) -> str:
-    return "yes" if reached else "NO"
 
 
 if __name__ == "__main__":

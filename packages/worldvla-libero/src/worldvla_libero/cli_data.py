@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -21,7 +21,7 @@ _SHOWN_DROPPED = 10  # the rest is in the record
 
 
 def collect(
-    suite: tyro.conf.Positional[str],
+    suite: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE")],
     out: Path | None = None,
     tasks: tuple[str, ...] = (),
     episodes: int = 50,
@@ -47,11 +47,13 @@ def collect(
 
     from worldvla_libero.collect import RECORD_FILE
     from worldvla_libero.collect import collect as run_collect
-    from worldvla_libero.experts import has_expert
+    from worldvla_libero.experts import NoExpertError, has_expert
     from worldvla_libero.suites import load_suite
 
     found, console = load_suite(suite), _console()
     chosen = [found.task(key) for key in tasks] or [task for task in found.tasks if has_expert(task)]
+    if not chosen:
+        raise NoExpertError(f"no task of {found.name} has a scripted expert")
     if not tasks:
         for task in found.tasks:
             if task not in chosen:
@@ -73,8 +75,8 @@ def collect(
 
 
 def replay(
-    source: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path | None] = None,
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[OUT]")] = None,
     to: Literal["lerobot", "lerobot-video", "hdf5"] = "lerobot",
     image_size: int = 256,
     cameras: tuple[str, ...] = ("agentview", "robot0_eye_in_hand"),
@@ -138,7 +140,7 @@ def replay(
 
 
 def prepare(
-    source: tyro.conf.Positional[Path],
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     out: Path = Path("worldvla-data"),
     tokenizer: str | None = None,
     image_size: int | None = None,
@@ -195,10 +197,11 @@ def prepare(
     from rich.table import Table
 
     from worldvla_libero import default_model_path
+    from worldvla_libero.jobs import WORK_FOLDER
     from worldvla_libero.prepare import PrepareSettings, load_image_tokenizer, open_source, plan
     from worldvla_libero.prepare import prepare as run_prepare
     from worldvla_libero.replay import ReplaySettings
-    from worldvla_libero.shards import PAGE_FILE
+    from worldvla_libero.shards import DATA_FOLDER, PAGE_FILE, RECORD_FILE
 
     console = _console()
     place = default_model_path() if tokenizer is None else tokenizer
@@ -219,17 +222,20 @@ def prepare(
     )
     planned = plan(demonstrations, settings, limit=limit)
     free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    # Of a run that was interrupted.
+    parts = [file for folder in (WORK_FOLDER, DATA_FOLDER) for file in (out / folder).rglob("*") if file.is_file()]
+    done = sum(file.stat().st_size for file in parts)
     rendered = f"replayed at {settings.replay.image_size} px, " if planned.replayed else ""
     console.print(
         f"{len(planned.keys):,} episodes, {planned.steps:,} steps of {demonstrations.name}, "
         f"camera {planned.camera}, {rendered}tokenized at {size} px: "
         f"about {_megabytes(planned.bytes_final)} of shards, {_megabytes(planned.bytes_peak)} on the way, "
-        f"{_megabytes(free)} free",
+        f"{_megabytes(free)} free" + (f" and {_megabytes(done)} done" if done else ""),
         highlight=False,
         markup=False,
     )
-    if planned.bytes_peak > free:
-        raise OSError(f"{out}: about {_megabytes(planned.bytes_peak)} needed, {_megabytes(free)} free")
+    if planned.bytes_peak > free + done and not (out / RECORD_FILE).is_file():
+        raise OSError(f"{out}: about {_megabytes(planned.bytes_peak - done)} needed, {_megabytes(free)} free")
     with _progress(console, "preparing", len(planned.keys)) as on_part:
         record = run_prepare(
             planned,
@@ -247,7 +253,7 @@ def prepare(
     for name, row in record["splits"].items():
         table.add_row(name, f"{row['episodes']:,}", f"{row['steps']:,}")
     console.print(table)
-    _print_dropped(console, record["dropped"], out / "dataset.json")
+    _print_dropped(console, record["dropped"], out / RECORD_FILE)
     console.print(f"see what is inside: {out / PAGE_FILE}", highlight=False, markup=False)
     return EXIT_OK
 

@@ -146,5 +146,6 @@ def _places() -> Iterator[Finding]:
             "LIBERO demonstrations",
             "note",
             f"not in {datasets}",
-            "only training needs them: download LIBERO's HDF5 files and set LIBERO_DATASETS_PATH",
+            "only training needs them: give the folder of LIBERO's HDF5 files to worldvla prepare, "
+            "or make some with worldvla collect",
         )

@@ -7,6 +7,7 @@ rest. What is made of the parts in the end depends on them alone, never on who m
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import shutil
 import signal
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from multiprocessing import get_context
@@ -166,13 +168,15 @@ class Job(Generic[Item, Result]):
                 parts[name] = part
                 if on_part:
                     on_part(name, part)
+                if strict and isinstance(part, Dropped):
+                    raise EpisodeError(Reason(part.reason), part.message)
         left = {name: item for name, item in items.items() if name not in parts}
         if executor == "ray":
             if wanted is not None:
                 raise ValueError("Ray begins all items at once; 'wanted' needs the local executor")
             done = self._run_on_ray(left, work, store, suffix, workers, store_gpus)
         else:
-            done = self._run_here(left, work, store, suffix, workers, lambda n: wanted is None or wanted(n, parts))
+            done = self._run_here(left, work, store, suffix, workers, wanted, parts)
         with closing(done):  # ends the workers, whoever raises
             for name, part in done:
                 parts[name] = part
@@ -210,43 +214,56 @@ class Job(Generic[Item, Result]):
         store: Callable[[Result, Path], object],
         suffix: str,
         workers: int,
-        wanted: Callable[[str], bool],
+        wanted: Callable[[str, Mapping[str, Path | Dropped]], bool] | None,
+        parts: Mapping[str, Path | Dropped],
     ) -> Generator[tuple[str, Path | Dropped], None, None]:
         waiting = list(items.items())[::-1]
-        tries: dict[str, int] = {}
-        idle = [_Worker(work) for _ in range(min(workers, len(items)))]
+        tries = Counter[str]()
+        idle: list[_Worker] = []
         busy: dict[Any, _Worker] = {}
 
         def begin() -> None:
             while waiting and idle:
                 name, item = waiting.pop()
-                if wanted(name):
+                if wanted is None or wanted(name, parts):
                     worker = idle.pop()
-                    worker.begin(name, item)
                     busy[worker.connection] = worker
+                    worker.begin(name, item)
 
         try:
+            for _ in range(min(workers, len(items))):
+                idle.append(_Worker(work))
             begin()
             while busy:
-                results = []
+                answers: list[tuple[str, Any]] = []
+                failures: list[Exception] = []
+                killed: list[Dropped] = []
                 for connection in wait(list(busy)):
                     worker = busy.pop(connection)
                     name = worker.name
+                    idle.append(worker)
                     try:
-                        results.append((name, worker.result()))
-                        idle.append(worker)
+                        result, failure = worker.answer()
+                        if failure is None:
+                            answers.append((name, result))
+                        else:
+                            failures.append(failure)
                     except WorkerKilledError as error:
-                        idle.append(_Worker(work))
-                        tries[name] = tries.get(name, 0) + 1
+                        idle[-1] = _Worker(work)
+                        tries[name] += 1
                         if tries[name] < _TRIES:
                             waiting.append((name, items[name]))
                         else:
-                            message = f"{name}: {error}, {_TRIES} times"
-                            # Not kept: the machine's fault, not the item's. Another run tries it again.
-                            yield name, Dropped(name, str(Reason.WORKER_KILLED), message)
-                begin()  # before this process is busy storing
-                for name, result in results:
+                            killed.append(_killed(name, error))
+                if wanted is None and not failures:
+                    begin()  # before this process is busy storing; `wanted` has to see what was stored
+                for name, result in answers:
                     yield name, _keep(self.folder, name, suffix, result, store)
+                for failure in failures:
+                    raise failure
+                for dropped in killed:
+                    yield dropped.id, dropped
+                begin()
         finally:
             for worker in [*idle, *busy.values()]:
                 worker.stop()
@@ -262,6 +279,7 @@ class Job(Generic[Item, Result]):
     ) -> Generator[tuple[str, Path | Dropped], None, None]:
         try:
             import ray.data
+            import ray.exceptions
         except ImportError as error:
             raise ImportError("executor 'ray' needs Ray; remedy: pip install 'worldvla-libero[ray]'") from error
         if not items:
@@ -271,17 +289,35 @@ class Job(Generic[Item, Result]):
             [{"name": name, "item": pickle.dumps(item)} for name, item in items.items()],
             override_num_blocks=len(items),
         )
-        results = rows.map(_RayWork, fn_constructor_args=(work,), num_cpus=1, concurrency=workers)
-        kept = results.map(
-            _RayStore,
-            fn_constructor_args=(self.folder.absolute(), suffix, store),
-            num_gpus=store_gpus,
-            concurrency=1,
+        folder = self.folder.absolute()
+        answers = rows.map(
+            _RayWork,
+            fn_constructor_args=(folder, work),
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
         )
-        for row in kept.iter_rows():
-            part = _existing(self.folder, row["name"], suffix)
-            assert part is not None  # written by the row's process; a shared folder is a condition
-            yield row["name"], part
+        kept = answers.map(
+            _RayStore,
+            fn_constructor_args=(folder, suffix, store),
+            num_gpus=store_gpus,
+            compute=ray.data.ActorPoolStrategy(size=1),
+        )
+        try:
+            for row in kept.iter_rows():
+                name, failure = row["name"], pickle.loads(row["failure"])  # noqa: S301 -- of our own process
+                if isinstance(failure, WorkerKilledError):
+                    yield name, _killed(name, failure)
+                elif failure is not None:
+                    raise failure
+                else:
+                    part = _existing(self.folder, name, suffix)
+                    assert part is not None  # written by the row's process; a shared folder is a condition
+                    yield name, part
+        except ray.exceptions.RayActorError as error:
+            raise JobError(
+                "a worker process could not start on Ray (see its own message above): what it works with must be "
+                "importable on every node"
+            ) from error
 
     def _compare(self, path: Path) -> None:
         found = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
@@ -300,6 +336,11 @@ def attempt(work: Callable[[Item], Result], item: Item) -> Result | Dropped:
         return work(item)
     except EpisodeError as error:
         return Dropped.because(str(getattr(item, "id", item)), error)
+
+
+def _killed(name: str, error: WorkerKilledError) -> Dropped:
+    # Not kept as a part: the machine's fault, not the item's. Another run tries it again.
+    return Dropped(name, str(Reason.WORKER_KILLED), f"{name}: {error}, {_TRIES} times")
 
 
 def _existing(folder: Path, name: str, suffix: str) -> Path | Dropped | None:
@@ -346,12 +387,26 @@ def _remove_drafts(folder: Path) -> None:
 
 
 class _RayWork:
-    def __init__(self, work: Callable[[Any], Any]) -> None:
+    def __init__(self, folder: Path, work: Callable[[Any], Any]) -> None:
         _prepare_worker()
-        self.work = work
+        self.folder, self.work = folder, work
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"name": row["name"], "result": pickle.dumps(attempt(self.work, pickle.loads(row["item"])))}  # noqa: S301
+        item = pickle.loads(row["item"])  # noqa: S301
+        return {"name": row["name"], "answer": _answer(functools.partial(self._try, row["name"]), item)}
+
+    def _try(self, name: str, item: Any) -> Any:
+        # Ray itself would try an item that kills its process for ever.
+        tries = self.folder / f"{_DRAFT}{name}.tries"
+        with _storing(name, self.folder), tries.open("ab") as count:
+            killed = count.tell() == _TRIES
+            count.write(b".")
+        try:
+            if killed:
+                raise WorkerKilledError("the worker process ended")
+            return self.work(item)
+        finally:
+            tries.unlink(missing_ok=True)
 
 
 class _RayStore:
@@ -359,8 +414,13 @@ class _RayStore:
         self.folder, self.suffix, self.store = folder, suffix, store
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        _keep(self.folder, row["name"], self.suffix, pickle.loads(row["result"]), self.store)  # noqa: S301
-        return {"name": row["name"]}
+        result, failure = pickle.loads(row["answer"])  # noqa: S301
+        if failure is None:
+            try:
+                _keep(self.folder, row["name"], self.suffix, result, self.store)
+            except Exception as error:  # noqa: BLE001 -- raised where the job runs, in its own type
+                failure = _portable(error)
+        return {"name": row["name"], "failure": pickle.dumps(failure)}
 
 
 class WorkerKilledError(RuntimeError):
@@ -383,18 +443,16 @@ class _Worker:
         self.name = name
         if not self._started:
             self._await_start()
-        with suppress(BrokenPipeError):  # it has died; `result` says so
+        with suppress(BrokenPipeError):  # it has died; `answer` says so
             self.connection.send(item)
 
-    def result(self) -> Any:
+    def answer(self) -> tuple[Any, Exception | None]:
+        """The result, or what the work raised."""
         try:
             answer = self.connection.recv_bytes()
         except (EOFError, OSError) as gone:  # before its answer, or in the middle of it
             raise WorkerKilledError(f"the worker process ended ({self._end()})") from gone
-        result, error = pickle.loads(answer)  # noqa: S301 -- of our own process
-        if error is not None:
-            raise error
-        return result
+        return pickle.loads(answer)  # noqa: S301 -- of our own process
 
     def stop(self) -> None:
         self.process.kill()  # it holds nothing that could be half done: this process writes all files
@@ -419,7 +477,7 @@ class _Worker:
 
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     _prepare_worker()
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         connection.send_bytes(b"started")
     while True:
         try:
@@ -427,13 +485,17 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
         except (EOFError, OSError):  # the parent is gone
             return
         try:
-            answer = pickle.dumps((attempt(work, item), None))
-        except Exception as error:  # noqa: BLE001 -- the parent raises it
-            answer = pickle.dumps((None, _portable(error)))
-        try:
-            connection.send_bytes(answer)
-        except BrokenPipeError:
+            connection.send_bytes(_answer(work, item))
+        except OSError:  # as above
             return
+
+
+def _answer(work: Callable[[Any], Any], item: Any) -> bytes:
+    """The pickled result, or what the work raised."""
+    try:
+        return pickle.dumps((attempt(work, item), None))
+    except Exception as error:  # noqa: BLE001 -- the parent raises it
+        return pickle.dumps((None, _portable(error)))
 
 
 def _portable(error: Exception) -> Exception:

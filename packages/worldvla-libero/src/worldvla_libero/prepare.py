@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from worldvla_libero.episodes import (
     spread,
 )
 from worldvla_libero.hdf5 import HDF5Source
-from worldvla_libero.jobs import Executor, Job
+from worldvla_libero.jobs import WORK_FOLDER, Executor, Job
 from worldvla_libero.lerobot import LeRobotSource, is_lerobot
 from worldvla_libero.replay import Replayer, ReplaySettings
 from worldvla_libero.shards import (
@@ -80,6 +81,9 @@ class PrepareSettings:
         seed: of the paper's split.
         quantile: None for bounds at minimum and maximum of the training actions, else see `ActionTokenizer.fit`.
         batch_size: frames tokenized at once; 1 gives the published codes to the last one (see `ImageTokenizer`).
+
+    Raises:
+        ValueError: a value out of its range.
     """
 
     image_size: int = 256
@@ -94,10 +98,14 @@ class PrepareSettings:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("min_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 and above")
-        split([EpisodeKey("", "", 1)], self.split, fraction=self.fraction)  # raises on an unknown rule now
+        for name, least in (("min_steps", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} and above")
+        if self.image_size < 32 or self.image_size % 32:
+            raise ValueError(f"image_size is {self.image_size} px; allowed: multiples of 32 from 32")
+        # Used only after all frames are tokenized: raise on an unknown rule, and on values out of range, now.
+        split([EpisodeKey("", "", 1)], self.split, fraction=self.fraction)
+        fit_bounds([np.zeros((1, 1))], quantile=self.quantile)
 
 
 @dataclass(frozen=True)
@@ -224,6 +232,8 @@ def prepare(
     with Job[EpisodeKey, Episode](out, RECORD_FILE, resolved) as job:
         if job.ended:
             return read_record(out)
+        if executor == "local" and (plan.replayed or workers > 1):
+            _warn_of_spinning(tokenize.tokenizer)
         parts = job.run(
             items,
             LoadEpisode(plan, settings),
@@ -235,9 +245,11 @@ def prepare(
             executor=executor,
             store_gpus=gpus,
         )
-        dropped = [*plan.unreadable, *(part for part in parts.values() if isinstance(part, Dropped))]
+        lost = [part._replace(id=items[name].id) for name, part in parts.items() if isinstance(part, Dropped)]
+        dropped = [*plan.unreadable, *lost]
         kept = {items[name]: part for name, part in parts.items() if isinstance(part, Path)}
-        record = _finish(out, kept, dropped, resolved, plan.source.name, settings, max_shard_bytes)
+        with job.storing("the data set"):
+            record = _finish(out, kept, dropped, resolved, plan.source.name, settings, max_shard_bytes)
         job.end(record)
     return read_record(out)
 
@@ -345,6 +357,16 @@ def _first_width(source: Source, keys: Sequence[EpisodeKey]) -> int:
     raise PrepareError(f"none of {len(keys)} episodes of {source.name} has readable actions")
 
 
+def _warn_of_spinning(tokenizer: ImageTokenizer) -> None:
+    if tokenizer.device.type == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        warnings.warn(
+            "frames are tokenized on the CPU beside worker processes, and torch's waiting threads take the cores "
+            "from them; remedy: set OMP_WAIT_POLICY=PASSIVE in the environment before torch is imported",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _resolved(plan: Plan, tokenizer: str, settings: PrepareSettings) -> dict[str, Any]:
     """All that the data set depends on; its fingerprint is theirs."""
     return {
@@ -378,8 +400,9 @@ def _finish(
         raise PrepareError(f"no episode of {name} is left: {len(dropped)} dropped ({', '.join(reasons)})")
     splits = split(parts, how.split, fraction=how.fraction, seed=how.seed)
     fingerprint = fingerprint_of(settings)
-    shutil.rmtree(out / DATA_FOLDER, ignore_errors=True)  # of a run that was killed here
-    (out / DATA_FOLDER).mkdir()
+    staged = out / WORK_FOLDER  # until all shards are whole: readers of Arrow alone would take what is there
+    shutil.rmtree(staged / DATA_FOLDER, ignore_errors=True)  # of a run that was killed here
+    (staged / DATA_FOLDER).mkdir()
 
     def tokens(part: Path) -> TokenEpisode:
         return read_episodes(part)[0][0]
@@ -400,10 +423,12 @@ def _finish(
         files = []
         for number, shard in enumerate(shards):
             file = f"{DATA_FOLDER}/{split_name}-{number:05d}-of-{len(shards):05d}.arrow"
-            write_episodes(out / file, (tokens(part) for part in shard), {"fingerprint": fingerprint})
+            write_episodes(staged / file, (tokens(part) for part in shard), {"fingerprint": fingerprint})
             files.append(file)
         steps = sum(len(tokens(part)) for part in members)
         record["splits"][split_name] = {"episodes": len(members), "steps": steps, "files": files}
+    shutil.rmtree(out / DATA_FOLDER, ignore_errors=True)
+    os.replace(staged / DATA_FOLDER, out / DATA_FOLDER)
     actions.save_pretrained(out)
     write_text_atomic(out / PAGE_FILE, _page(parts, splits, {**record, "settings": settings}, actions))
     write_text_atomic(out / CARD_FILE, _card({**record, "settings": settings}))

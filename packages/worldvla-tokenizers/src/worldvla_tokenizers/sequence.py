@@ -118,11 +118,9 @@ def image_slots(rows: int, columns: int, vocabulary: Vocabulary) -> Slots:
     Raises:
         SequenceError: the image is not a whole number of grid units (32 pixels, two codes) high and wide.
     """
-    if rows < 2 or columns < 2 or rows % 2 or columns % 2:
-        raise SequenceError(f"image of {rows} x {columns} codes; both must be even and at least 2 (32 pixels)")
     row = [*[vocabulary.image_range] * columns, _only(vocabulary.newline)]
-    grid = [_only(vocabulary.grid(rows // 2)), _only(vocabulary.grid(columns // 2))]
-    return [_only(vocabulary.boi), *grid, *row * rows, _only(vocabulary.eoi)]
+    head = [_only(i) for i in _image_head(rows, columns, vocabulary)]
+    return [*head, *row * rows, _only(vocabulary.eoi)]
 
 
 def action_block(ids: ArrayLike, vocabulary: Vocabulary) -> list[int]:
@@ -135,8 +133,7 @@ def action_block(ids: ArrayLike, vocabulary: Vocabulary) -> list[int]:
     array = np.asarray(ids)
     if array.ndim != 1 or array.size == 0:
         raise SequenceError(f"action ids have shape {array.shape}; (D,) with D of at least 1 needed")
-    vocabulary.action_bins(array)  # raises on a foreign id
-    return [vocabulary.boa, *array.tolist(), vocabulary.eoa]
+    return _action_blocks(array[None], vocabulary)
 
 
 def image_block(codes: ArrayLike, vocabulary: Vocabulary) -> list[int]:
@@ -150,7 +147,7 @@ def image_block(codes: ArrayLike, vocabulary: Vocabulary) -> list[int]:
     if array.ndim != 2:
         raise SequenceError(f"image codes have shape {array.shape}; (rows, columns) needed")
     rows, columns = array.shape
-    head = [slot[0] for slot in image_slots(rows, columns, vocabulary)[:3]]
+    head = _image_head(rows, columns, vocabulary)
     body = np.full((rows, columns + 1), vocabulary.newline)
     body[:, :-1] = vocabulary.image_ids(array)
     return [*head, *body.ravel().tolist(), vocabulary.eoi]
@@ -220,7 +217,7 @@ def action_sample(
     actions = _actions(actions)
     if len(actions) == 0:
         raise SequenceError("0 actions to predict; at least 1 needed")
-    answer = [*chain.from_iterable(action_block(ids, vocabulary) for ids in actions), vocabulary.eot]
+    answer = [*_action_blocks(actions, vocabulary), vocabulary.eot]
     return _sample([(action_prompt(text, images, vocabulary), answer)], vocabulary, labels)
 
 
@@ -370,6 +367,24 @@ def _actions(actions: ArrayLike) -> NDArray[np.int64]:
     if array.ndim != 2:
         raise SequenceError(f"action ids have shape {array.shape}; (number of actions, D) needed")
     return array
+
+
+def _action_blocks(actions: NDArray[np.int64], vocabulary: Vocabulary) -> list[int]:
+    """(K, D) bin ids → K blocks in a row; checked and made together, which is most of a sample's cost."""
+    count, dimensions = actions.shape
+    if dimensions == 0:
+        raise SequenceError(f"action ids have shape {actions.shape}; D of at least 1 needed")
+    blocks = np.empty((count, dimensions + 2), dtype=np.int64)
+    blocks[:, 0], blocks[:, -1] = vocabulary.boa, vocabulary.eoa
+    vocabulary.action_bins(actions)  # raises on a foreign id
+    blocks[:, 1:-1] = actions
+    return blocks.ravel().tolist()
+
+
+def _image_head(rows: int, columns: int, vocabulary: Vocabulary) -> list[int]:
+    if rows < 2 or columns < 2 or rows % 2 or columns % 2:
+        raise SequenceError(f"image of {rows} x {columns} codes; both must be even and at least 2 (32 pixels)")
+    return [vocabulary.boi, vocabulary.grid(rows // 2), vocabulary.grid(columns // 2)]
 
 
 def _only(token: int) -> range:
