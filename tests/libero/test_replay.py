@@ -259,7 +259,7 @@ def test_a_lerobot_data_set_is_read_back_as_it_was_replayed(tmp_path, work, synt
             np.testing.assert_array_equal(found.frames[stored], made.frames[camera])
 
 
-@pytest.mark.parametrize("format", ["hdf5", "lerobot"])
+@pytest.mark.parametrize("format", ["hdf5", pytest.param("lerobot", marks=pytest.mark.slow)])
 def test_the_bytes_do_not_depend_on_workers_nor_on_a_disk_that_was_full(
     tmp_path, work, synthetic, monkeypatch, format
 ):

@@ -111,7 +111,7 @@ def demo(
 
 
 def evaluate(
-    suite: tyro.conf.Positional[str],
+    suite: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE")],
     out: Path = Path("worldvla-eval"),
     tasks: tuple[str, ...] = (),
     episodes: int | None = None,
@@ -186,8 +186,8 @@ def evaluate(
 
 
 def convert(
-    source: tyro.conf.Positional[Path],
-    target: tyro.conf.Positional[Path],
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
     to: Literal["ours", "published"] = "ours",
     tokenizers: Path | None = None,
     trust_pickle: bool = False,

@@ -105,7 +105,7 @@ def replay(
         strict: Stop at the first episode that has to be dropped.
         executor: Ray runs the workers on a cluster.
     """
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from worldvla_libero.episodes import spread
     from worldvla_libero.prepare import open_source
@@ -128,7 +128,8 @@ def replay(
             executor=executor,
             on_part=on_part,
         )
-    table = Table("task", "replayed", "succeed", title=f"replay of {demonstrations.name}")
+    # Folded, not cut: tasks of a suite often differ at their ends only.
+    table = Table(Column("task", overflow="fold"), "replayed", "succeed", title=f"replay of {demonstrations.name}")
     for task, row in record["tasks"].items():
         share = f"{100 * row['kept'] / row['replayed']:.0f} %" if row["replayed"] else "-"
         table.add_row(task, str(row["replayed"]), f"{row['kept']} ({share})")
@@ -296,7 +297,7 @@ def _progress(
 
 def _print_dropped(console: Console, dropped: Iterable[Mapping[str, Any]], record: Path | None) -> None:
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     rows = list(dropped)
     if not rows:
@@ -308,7 +309,7 @@ def _print_dropped(console: Console, dropped: Iterable[Mapping[str, Any]], recor
         highlight=False,
         markup=False,
     )
-    table = Table("episode", "why", "what", show_lines=False)
+    table = Table(Column("episode", overflow="fold"), "why", "what")
     for row in rows[:_SHOWN_DROPPED]:
         table.add_row(*(escape(row[key]) for key in ("id", "reason", "message")))
     console.print(table)

@@ -140,9 +140,9 @@ def _set_robosuite_macros() -> None:
 def _load_triton() -> None:
     """Let triton be loaded ahead of Mesa, else torch would crash the process when it loads triton later on.
 
-    Mesa's software renderer makes the symbols of its LLVM global. libtriton (3.7) exports those of its own LLVM, so
-    it takes the wrong ones if it comes second, and its initialization ends in a segmentation fault. The same happens
-    beside TensorFlow: https://github.com/tensorflow/tensorflow/issues/124205
+    Mesa's software renderer makes the symbols of its LLVM global. libtriton (3.7) exports those of its own LLVM:
+    if it comes second it takes the wrong ones, and its initialization ends in a segmentation fault. The same
+    happens beside TensorFlow: https://github.com/tensorflow/tensorflow/issues/124205
     """
     if importlib.util.find_spec("triton"):
         importlib.import_module("triton")
