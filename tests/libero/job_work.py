@@ -217,7 +217,7 @@ def gone(session: int, patience: float = 20) -> bool:
 
 
 def kill_at_random(
-    command: list[str], root: Path, record: str, suffix: str, *, kills: int, seed: int, log: Path
+    command: list[str], root: Path, record: str, suffix: str, *, kills: int, seed: int, log: Path, after: float = 0
 ) -> Counter[str]:
     """Kill runs of a command at random moments, each started again until it has ended.
 
@@ -229,6 +229,7 @@ def kill_at_random(
         kills: how many.
         seed: of the moments, uniform over the time that an undisturbed run takes.
         log: for what the runs print.
+        after: share of that time in which none is killed, where starting takes most of it.
 
     Returns:
         How many kills found which state of the output.
@@ -247,7 +248,7 @@ def kill_at_random(
             with log.open("a") as printed:
                 run = subprocess.Popen([*command, out], start_new_session=True, stdout=printed, stderr=printed)
             try:
-                code = run.wait(rng.uniform(0, duration) if found.total() < kills else 600)
+                code = run.wait(duration * rng.uniform(after, 1) if found.total() < kills else 600)
             except subprocess.TimeoutExpired:
                 os.killpg(run.pid, signal.SIGKILL)
                 run.wait()
@@ -269,7 +270,7 @@ def store_slowly(text: str, path: Path) -> None:
         for letter in text:
             file.write(letter)
             file.flush()
-            time.sleep(0.001)
+            time.sleep(0.003)
 
 
 if __name__ == "__main__":

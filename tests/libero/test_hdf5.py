@@ -25,6 +25,7 @@ from worldvla_libero.hdf5 import (
     quaternion_to_axis_angle,
     write_demonstrations,
 )
+from worldvla_libero.rendering import prepare_process
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "demos" / "libero_object"
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
@@ -611,7 +612,9 @@ def test_axis_angles_are_the_same_rotation(numbers):
     assert turned.magnitude() < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # robosuite greets with some
 def test_axis_angles_equal_robosuite_s():
+    prepare_process()
     from robosuite.utils.transform_utils import quat2axisangle
 
     quaternions = np.random.default_rng(0).normal(size=(100, 4))
@@ -627,3 +630,11 @@ def test_proprioception_is_position_axis_angle_fingers():
     np.testing.assert_allclose(
         proprioception(np.array(robot_states)), [[1, 2, 3, 0, 0, np.pi / 2, 0.01, -0.02]], atol=1e-12
     )
+
+
+def test_cameras_are_told_by_the_first_episode_that_has_any(tmp_path):
+    frames = {"actions": np.zeros((5, 4)), "obs/front": frames_of(5)}
+    path = write_file(tmp_path / "a.hdf5", {"demo_0": {"actions": np.zeros((5, 4))}, "demo_1": frames})
+    with h5py.File(path, "a") as content:
+        content["data/array"] = np.zeros(3)
+    assert HDF5Source(tmp_path).cameras == ("front",)

@@ -346,7 +346,7 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path, jobs):
 
 def test_a_job_killed_twenty_times_leaves_what_an_undisturbed_one_does(tmp_path, jobs):
     command = [sys.executable, str(HERE / "job_work.py")]
-    found = jobs.kill_at_random(command, tmp_path, DONE, ".txt", kills=20, seed=0, log=tmp_path / "log")
+    found = jobs.kill_at_random(command, tmp_path, DONE, ".txt", kills=20, seed=0, log=tmp_path / "log", after=0.4)
     assert found.total() == 20
     assert found["parts"] >= 3
     assert "Error" not in (tmp_path / "log").read_text()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from worldvla_libero.episodes import Episode, EpisodeError, Reason
+from worldvla_libero.episodes import Episode, EpisodeError, Reason, spread
 from worldvla_libero.hdf5 import HDF5Source
 from worldvla_libero.jobs import WORK_FOLDER, JobError, StorageError
 from worldvla_libero.lerobot import LeRobotSource
@@ -321,10 +321,10 @@ def test_a_report_tells_what_still_succeeds(tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_render_the_bytes_that_one_does(tmp_path, work, recorded):
-    settings = ReplaySettings(SIZE, CAMERAS)
+    settings, keys = ReplaySettings(SIZE, CAMERAS), spread(HDF5Source(FIXTURE).list()[0], 2)
     for workers in (1, 2):
-        record = run(tmp_path / str(workers), settings=settings, format="hdf5", workers=workers)
-        assert all(row["kept"] == 2 for row in record["tasks"].values())
+        record = run(tmp_path / str(workers), settings=settings, keys=keys, format="hdf5", workers=workers)
+        assert record["tasks"] == {task: {"replayed": 1, "kept": 1} for task in (SOUP, SAUCE)}
     assert work.files(tmp_path / "2") == work.files(tmp_path / "1")
     found, here = HDF5Source(tmp_path / "1").read(recorded.id, CAMERAS), Replayer(settings)
     made = here(recorded)

@@ -63,14 +63,15 @@ class HDF5Source:
 
     @functools.cached_property
     def cameras(self) -> tuple[str, ...]:
-        """Cameras of the first readable episode; none if the frames are to be rendered anew."""
+        """Cameras of the first episode that has any; none if the frames are to be rendered anew."""
         if self.needs_replay:
             return ()
         for file in self._files:
             try:
                 with _opened(file) as content:
                     for demo in content["data"].values():
-                        return tuple(_cameras(demo))
+                        if isinstance(demo, h5py.Group) and (cameras := tuple(_cameras(demo))):
+                            return cameras
             except EpisodeError:
                 continue  # `list` reports it
         return ()
