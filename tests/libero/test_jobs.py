@@ -193,14 +193,14 @@ def test_an_item_that_kills_every_worker_is_dropped_by_name_until_another_run(tm
     kills.mkdir()
     with Job(out, DONE, {"of": "letters"}) as job:
         parts = job.run(items, jobs.Fragile(kills, 99), jobs.store, suffix=".txt", workers=2)
-    assert parts["002"] == Dropped("002", "worker killed", "002: the worker process ended (SIGKILL), 2 times")
+    assert parts["002"] == Dropped("2", "worker killed", "2: the worker process ended (SIGKILL), 2 times")
     assert sum(isinstance(part, Path) for part in parts.values()) == 9
     assert not [name for name in parts_of(out) if name.startswith("002")]
     jobs.complete(out, items)
     assert jobs.files(out) == whole
     with (
         Job(tmp_path / "strict", DONE, {}) as job,
-        pytest.raises(EpisodeError, match="worker killed: 002: the worker process ended"),
+        pytest.raises(EpisodeError, match="worker killed: 2: the worker process ended"),
     ):
         job.run(items, jobs.Fragile(kills, 99), jobs.store, suffix=".txt", strict=True)
 
@@ -458,7 +458,7 @@ def test_an_item_that_kills_its_worker_is_tried_twice_on_ray(tmp_path, jobs, who
     assert len(list(kills.iterdir())) == min(times, 2)
     assert sum(isinstance(part, Path) for part in parts.values()) == 10 - (times > 1)
     if times > 1:
-        assert parts["002"] == Dropped("002", "worker killed", "002: the worker process ended, 2 times")
+        assert parts["002"] == Dropped("2", "worker killed", "2: the worker process ended, 2 times")
     assert len(parts_of(out)) == 12 - (times > 1)
     jobs.complete(out, items)
     assert jobs.files(out) == whole

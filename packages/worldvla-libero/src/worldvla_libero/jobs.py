@@ -237,7 +237,7 @@ class Job(Generic[Item, Result]):
             while busy:
                 answers: list[tuple[str, Any]] = []
                 failures: list[Exception] = []
-                killed: list[Dropped] = []
+                killed: list[tuple[str, Dropped]] = []
                 for connection in wait(list(busy)):
                     worker = busy.pop(connection)
                     name = worker.name
@@ -254,15 +254,14 @@ class Job(Generic[Item, Result]):
                         if tries[name] < _TRIES:
                             waiting.append((name, items[name]))
                         else:
-                            killed.append(_killed(name, error))
+                            killed.append((name, _killed(items[name], error)))
                 if wanted is None and not failures:
                     begin()  # before this process is busy storing; `wanted` has to see what was stored
                 for name, result in answers:
                     yield name, _keep(self.folder, name, suffix, result, store)
                 for failure in failures:
                     raise failure
-                for dropped in killed:
-                    yield dropped.id, dropped
+                yield from killed
                 begin()
         finally:
             for worker in [*idle, *busy.values()]:
@@ -306,7 +305,7 @@ class Job(Generic[Item, Result]):
             for row in kept.iter_rows():
                 name, failure = row["name"], pickle.loads(row["failure"])  # noqa: S301 -- of our own process
                 if isinstance(failure, WorkerKilledError):
-                    yield name, _killed(name, failure)
+                    yield name, _killed(items[name], failure)
                 elif failure is not None:
                     raise failure
                 else:
@@ -335,12 +334,16 @@ def attempt(work: Callable[[Item], Result], item: Item) -> Result | Dropped:
     try:
         return work(item)
     except EpisodeError as error:
-        return Dropped.because(str(getattr(item, "id", item)), error)
+        return Dropped.because(_id(item), error)
 
 
-def _killed(name: str, error: WorkerKilledError) -> Dropped:
+def _killed(item: object, error: WorkerKilledError) -> Dropped:
     # Not kept as a part: the machine's fault, not the item's. Another run tries it again.
-    return Dropped(name, str(Reason.WORKER_KILLED), f"{name}: {error}, {_TRIES} times")
+    return Dropped(_id(item), str(Reason.WORKER_KILLED), f"{_id(item)}: {error}, {_TRIES} times")
+
+
+def _id(item: object) -> str:
+    return str(getattr(item, "id", item))
 
 
 def _existing(folder: Path, name: str, suffix: str) -> Path | Dropped | None:

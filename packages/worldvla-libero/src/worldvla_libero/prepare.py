@@ -245,8 +245,7 @@ def prepare(
             executor=executor,
             store_gpus=gpus,
         )
-        lost = [part._replace(id=items[name].id) for name, part in parts.items() if isinstance(part, Dropped)]
-        dropped = [*plan.unreadable, *lost]
+        dropped = [*plan.unreadable, *(part for part in parts.values() if isinstance(part, Dropped))]
         kept = {items[name]: part for name, part in parts.items() if isinstance(part, Path)}
         with job.storing("the data set"):
             record = _finish(out, kept, dropped, resolved, plan.source.name, settings, max_shard_bytes)
