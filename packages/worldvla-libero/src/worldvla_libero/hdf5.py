@@ -225,7 +225,10 @@ def merge_demonstrations(
 
 
 def quaternion_to_axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(*, 4) unit quaternions (x, y, z, w) → (*, 3) axis times angle in [0, 2π) [rad], as LIBERO's `ee_ori`."""
+    """(*, 4) unit quaternions (x, y, z, w) → (*, 3) axis times angle in [0, 2π) [rad], as LIBERO's `ee_ori`.
+
+    The formula is that of robosuite, loss of precision near w = -1 included: policies know these values.
+    """
     quaternion = np.asarray(quaternion, dtype=np.float64)
     w = quaternion[..., 3:].clip(-1.0, 1.0)
     sine = np.sqrt(1.0 - w * w)
