@@ -390,7 +390,8 @@ job_work.complete(Path({str(out)!r}), {items})
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[ModuleType]:
-    ray = pytest.importorskip("ray")
+    import ray
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HERE))
         patch.setenv("RAY_AUTH_MODE", "disabled")

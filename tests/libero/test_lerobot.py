@@ -647,8 +647,7 @@ def lerobot_python(tmp_path_factory) -> str:
     if given_ := os.environ.get("WORLDVLA_LEROBOT_PYTHON"):
         return given_
     uv = os.environ.get("UV") or shutil.which("uv")
-    if uv is None:
-        pytest.skip("needs uv on PATH, or WORLDVLA_LEROBOT_PYTHON: a Python with lerobot>=0.4.3,<0.5")
+    assert uv, "needs uv on PATH, or WORLDVLA_LEROBOT_PYTHON: a Python with lerobot>=0.4.3,<0.5"
     folder = tmp_path_factory.mktemp("lerobot")
     python = folder / "bin" / "python"
     for command in (

@@ -48,7 +48,7 @@ class ExpertStyle:
     """How an attempt differs from others.
 
     Attributes:
-        speed: largest action, as a fraction of the controller's range; 1 is about 0.35 m/s.
+        speed: largest action, as a fraction of the controller's range.
         noise: standard deviation of the noise on the six motion values of every action, in controller units.
         height: added to the height of waypoints in the air [m].
         grasp_offset: (2,) displacement of the grasp along x and y [m].

@@ -23,7 +23,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from worldvla_libero.jobs import WORK_FOLDER
 from worldvla_tokenizers import ActionTokenizer
+from worldvla_tokenizers.action import FILE_NAME as BOUNDS_FILE
 from worldvla_tokenizers.files import HubOptions, PushOptions, push_folder
 
 if TYPE_CHECKING:
@@ -209,7 +211,7 @@ def read_record(root: Path) -> dict[str, Any]:
     """
     path = root / RECORD_FILE
     if not path.is_file():
-        unfinished = (root / ".work").is_dir()
+        unfinished = (root / WORK_FOLDER).is_dir()
         remedy = "its preparation has not ended: run it again" if unfinished else "it is no token data set"
         raise ShardError(f"{root} has no {RECORD_FILE}; {remedy}")
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -226,7 +228,7 @@ def dataset_folder(dir_or_repo: str | os.PathLike[str], split: str, **hub: Unpac
 
     subfolder = hub.pop("subfolder", None)
     inside = f"{subfolder}/" if subfolder else ""
-    names = (RECORD_FILE, "action_tokenizer.json", f"{DATA_FOLDER}/{split}-*")
+    names = (RECORD_FILE, BOUNDS_FILE, f"{DATA_FOLDER}/{split}-*")
     options: dict[str, Any] = {**hub, "allow_patterns": [inside + name for name in names]}
     return Path(snapshot_download(dir_or_repo, repo_type="dataset", **options), subfolder or "")
 
@@ -350,5 +352,5 @@ def _mapped(path: Path) -> tuple[list[_Batch], dict[str, Any]]:
 
 
 def _files(root: Path) -> list[Path]:
-    names = (RECORD_FILE, "action_tokenizer.json", CARD_FILE, PAGE_FILE)
+    names = (RECORD_FILE, BOUNDS_FILE, CARD_FILE, PAGE_FILE)
     return [*(root / name for name in names if (root / name).is_file()), *sorted((root / DATA_FOLDER).iterdir())]
