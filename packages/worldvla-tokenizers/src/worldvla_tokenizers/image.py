@@ -41,13 +41,16 @@ class ImageTokenizer:
         vqgan: the network.
         image_size: None to take images as they are (sides multiples of 16 px), or a target in pixels, a
             multiple of 32: images of any size then go through `fit` first.
+        batch_size: images that are encoded at once. One at a time gives the published codes to the last one; in a
+            batch convolutions round differently, and near ties may fall otherwise. On a GPU larger is faster.
 
     Attributes:
         vqgan: the network.
         image_size: the target in pixels, or None.
+        batch_size: images that are encoded at once where a call does not say.
 
     Raises:
-        ImageError: `image_size` is no multiple of 32.
+        ImageError: `image_size` is no multiple of 32, or `batch_size` below 1.
         ValueError: the network is not one of RGB images.
 
     Example:
@@ -58,7 +61,7 @@ class ImageTokenizer:
         ((1, 4, 4), (1, 64, 64, 3))
     """
 
-    def __init__(self, vqgan: VQGAN, *, image_size: int | None = None) -> None:
+    def __init__(self, vqgan: VQGAN, *, image_size: int | None = None, batch_size: int = 1) -> None:
         if (vqgan.config.in_channels, vqgan.config.out_ch) != (3, 3):
             raise ValueError(
                 f"the VQ-GAN has {vqgan.config.in_channels} channels in and {vqgan.config.out_ch} out; "
@@ -66,8 +69,10 @@ class ImageTokenizer:
             )
         if image_size is not None:
             crop_sizes(image_size)
+        _check_batch_size(batch_size)
         self.vqgan = vqgan
         self.image_size = image_size
+        self.batch_size = batch_size
 
     @classmethod
     def from_pretrained(
@@ -105,6 +110,11 @@ class ImageTokenizer:
             write_text_atomic(stage / SETTINGS_NAME, json.dumps({"image_size": self.image_size}) + "\n")
 
     @property
+    def codebook_size(self) -> int:
+        """Number of different codes."""
+        return self.vqgan.config.n_embed
+
+    @property
     def device(self) -> torch.device:
         """Where the network computes."""
         return self.vqgan.device
@@ -114,9 +124,23 @@ class ImageTokenizer:
         """Type the network computes in."""
         return self.vqgan.dtype
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ImageTokenizer:
-        """Move the network to a device, or change the type it computes in; returns this tokenizer."""
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+    ) -> ImageTokenizer:
+        """Move the network to a device, change the type it computes in, or how its weights lie.
+
+        On GPUs half precision and `torch.channels_last` are made for each other. Codes of half precision are not
+        always those of fp32.
+
+        Returns:
+            This tokenizer.
+        """
         self.vqgan.to(device=device, dtype=dtype)
+        if memory_format is not None:
+            self.vqgan.to(memory_format=memory_format)
         return self
 
     def encode(
@@ -124,7 +148,7 @@ class ImageTokenizer:
         images: ImageLike | Sequence[ImageLike],
         *,
         target: int | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: np.random.Generator | None = None,
     ) -> NDArray[np.int64]:
         """Find the codes of images.
@@ -133,8 +157,7 @@ class ImageTokenizer:
             images: an array (B, H, W, 3) of uint8; or one image or a list of images, each a PIL image or an
                 array (H, W) or (H, W, C) of uint8 or uint16. See `to_rgb` for what is understood.
             target: size in pixels to fit images to, instead of `image_size`.
-            batch_size: images that go through the network at once. One at a time gives the published codes
-                to the last one; in a batch convolutions round differently, and near ties may fall otherwise.
+            batch_size: images that go through the network at once; default that of the tokenizer.
             generator: source of random crop offsets; None for centred crops.
 
         Returns:
@@ -144,6 +167,7 @@ class ImageTokenizer:
             ImageError: no image, one of a type, shape or size that is not understood, or images of several
                 sizes.
         """
+        batch_size = self.batch_size if batch_size is None else batch_size
         _check_batch_size(batch_size)
         target = self.image_size if target is None else target
         pictures = [to_rgb(image) for image in _as_list(images)]

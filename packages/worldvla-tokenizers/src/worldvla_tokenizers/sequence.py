@@ -112,13 +112,19 @@ def action_slots(dimensions: int, vocabulary: Vocabulary) -> Slots:
     return [_only(vocabulary.boa), *[vocabulary.action_range] * dimensions, _only(vocabulary.eoa)]
 
 
-def image_slots(rows: int, columns: int, vocabulary: Vocabulary) -> Slots:
+def image_slots(rows: int, columns: int, vocabulary: Vocabulary, *, codebook_size: int | None = None) -> Slots:
     """Allowed ids at each position of the block of an image of `rows` x `columns` codes.
+
+    Args:
+        rows: of codes.
+        columns: of codes.
+        vocabulary: owner of the ids.
+        codebook_size: entries of the image tokenizer's codebook, where it has fewer than the vocabulary.
 
     Raises:
         SequenceError: the image is not a whole number of grid units (32 pixels, two codes) high and wide.
     """
-    row = [*[vocabulary.image_range] * columns, _only(vocabulary.newline)]
+    row = [*[vocabulary.image_range[:codebook_size]] * columns, _only(vocabulary.newline)]
     head = [_only(i) for i in _image_head(rows, columns, vocabulary)]
     return [*head, *row * rows, _only(vocabulary.eoi)]
 

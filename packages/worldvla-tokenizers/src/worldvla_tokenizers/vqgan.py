@@ -204,8 +204,9 @@ class VQGAN(nn.Module):
     def encode(self, pixels: Tensor, *, positions_per_chunk: int = 4_096) -> Tensor:
         """Find the codes of images.
 
-        On NVIDIA GPUs cuDNN convolves fp32 in TF32 unless `torch.backends.cudnn.allow_tf32` is false; the codes
-        of near ties may then differ from those of a CPU.
+        Where two entries are nearly as near as each other, rounding decides, and with it how many threads sum. On
+        NVIDIA GPUs cuDNN convolves fp32 in TF32 unless `torch.backends.cudnn.allow_tf32` is false, which rounds
+        more.
 
         Args:
             pixels: (B, in_channels, H, W) float in [-1, 1]; H and W multiples of `config.factor`.
@@ -319,10 +320,16 @@ class VQGAN(nn.Module):
         return cls._with_weights(config, _read_published(path, trust_pickle), path, device, dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors`: both, or on failure neither."""
+        """Write `config.json` and `model.safetensors`: both, or on failure neither.
+
+        Weights that bf16 holds without loss take half the space; loading gives the same values back.
+        """
         content = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
         with staged_folder(folder) as stage:
             tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+            short = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+            if all(torch.equal(short[name].to(tensor.dtype), tensor) for name, tensor in tensors.items()):
+                tensors = short
             save_file(tensors, stage / WEIGHTS_NAME, metadata={"format": "pt"})
             write_text_atomic(stage / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
 
@@ -381,8 +388,8 @@ class VQGAN(nn.Module):
 def nearest_codes(vectors: Tensor, codebook: Tensor, positions_per_chunk: int) -> Tensor:
     """Index of the codebook entry with the smallest squared L2 distance; of equally near ones the lowest.
 
-    Distances are computed in fp32 whatever the type of the network and under autocast too: in bf16 many
-    entries would be equally near.
+    Distances are computed in fp32 or, for vectors of fp64, in fp64, whatever the type of the network and under
+    autocast too: in bf16 many entries would be equally near.
 
     Args:
         vectors: (N, E).
@@ -393,12 +400,13 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, positions_per_chunk: int) -
         (N,) int64.
     """
     with torch.autocast(vectors.device.type, enabled=False):
-        entries = codebook.float()
+        precision = torch.promote_types(vectors.dtype, torch.float32)
+        entries = codebook.to(precision)
         # |v - e|² = |v|² + |e|² - 2 v·e, and |v|² is the same for every entry.
         lengths = entries.square().sum(dim=1)  # (C,)
         chunks = vectors.split(positions_per_chunk)
         return torch.cat(
-            [torch.addmm(lengths, chunk.float(), entries.T, alpha=-2.0).argmin(dim=1) for chunk in chunks]
+            [torch.addmm(lengths, chunk.to(precision), entries.T, alpha=-2.0).argmin(dim=1) for chunk in chunks]
         )
 
 
