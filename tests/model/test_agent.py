@@ -1,17 +1,22 @@
 import os
+import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from grammar_models import scripted_model
 from huggingface_hub import HfApi
 from PIL import Image
 
-from worldvla_model import Sampling, SequenceLengthError, WorldVLA
-from worldvla_tokenizers import ActionTokenizer, SequenceError
+from worldvla_model import DecodingError, Sampling, SequenceLengthError, WorldVLA
+from worldvla_model.decoding import Decoder, fill
+from worldvla_model.masks import MaskError
+from worldvla_tokenizers import ActionTokenizer, SequenceError, sequence
 
 
 def frames(published, reference):
@@ -161,20 +166,225 @@ def test_constrained_answers_are_chunks_whatever_is_asked(agent):
 def test_free_answers_are_read_strictly(published, agent, monkeypatch):
     from worldvla_model import agent as module
 
-    monkeypatch.setattr(module, "continue_freely", lambda *_, **__: [10_004, 10_006, 8_710])
+    for name in ("continue_chunks", "continue_frames"):
+        monkeypatch.setattr(module, name, lambda *_, **__: [[10_004, 10_006, 8_710]])
     picture = [published.frame("libero_goal_0", 0)]
-    with pytest.raises(SequenceError, match=r"position 2: expected 10006 .* found 8710"):
+    message = r"left the grammar: position 2: expected 10006 .* found 8710.* It said \[10004, 10006, 8710\]"
+    with pytest.raises(SequenceError, match=message):
         agent.predict_actions(picture, "open it", constrained=False)
-    with pytest.raises(SequenceError, match="position 2"):
+    with pytest.raises(SequenceError, match=message):
         agent.predict_frame(picture, np.zeros((1, 7)), constrained=False)
 
 
-def test_bad_requests(published, agent):
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.campaign)])
+def test_free_answers_become_actions_or_an_error_that_shows_them(published, agent, monkeypatch, count):
+    from worldvla_model import agent as module
+
+    rng, outcomes = random.Random(0), Counter()
+    chunks = [r["generated"] for r in references(published, "action")]
+    monkeypatch.setattr(agent.processor, "action_prompts", lambda *_: [[0]])
+    for _ in range(count):
+        said = list(rng.choice(chunks))
+        for _ in range(rng.randrange(3)):  # some ids replaced, left out or doubled
+            at = rng.randrange(len(said) - 1)
+            said[at : at + 1] = rng.choice([[], [said[at]] * 2, [rng.randrange(65_536)], [10_006]])
+        monkeypatch.setattr(module, "continue_chunks", lambda *_, answer=said, **__: [answer])
+        try:
+            actions = agent.predict_actions([None], "open it", constrained=False)
+        except SequenceError as error:
+            shown = str(error)
+            assert str(said) in shown
+            outcomes["refused"] += 1
+        else:
+            assert actions.shape == (len(actions), 7)
+            assert len(said) == 9 * len(actions) + 1
+            assert np.isfinite(actions).all()
+            outcomes["understood"] += 1
+    assert min(outcomes["refused"], outcomes["understood"]) > count / 5
+
+
+def scripts(rng, vocabulary, size):
+    """Answers that are nearly chunks or frames, and some that are."""
+    image = sequence.image_block([[rng.randrange(99) for _ in range(size)] for _ in range(size)], vocabulary)
+    actions = [
+        sequence.action_block([10_006 + rng.randrange(256) for _ in range(7)], vocabulary)
+        for _ in range(rng.randrange(1, 5))
+    ]
+    said = [*image] if rng.random() < 0.5 else [token for action in actions for token in action]
+    said.append(vocabulary.eot)
+    kind = rng.randrange(8)
+    at = rng.randrange(len(said))
+    strange = rng.choice(
+        [vocabulary.boa, vocabulary.eoa, vocabulary.boi, vocabulary.eoi, vocabulary.bos, vocabulary.eot]
+        + [vocabulary.newline, rng.choice(said), 10_007, 40, 16_400, rng.randrange(vocabulary.size)]
+    )
+    if kind == 0:
+        said[at] = strange
+    elif kind == 1:
+        said.insert(at, strange)
+    elif kind == 2:
+        del said[at]
+    elif kind == 3:
+        said[:0] = rng.choice([actions[0], image, [vocabulary.bos], [16_400], [vocabulary.boa], [vocabulary.eot]])
+    elif kind == 4:
+        said[-1:] = rng.choice([actions[0], image, [16_400]]) + [vocabulary.eot]
+    elif kind == 5 and rng.random() < 0.2:
+        said.pop()  # it says it over and over and never ends its turn
+    return said
+
+
+@pytest.mark.parametrize(
+    ("seed", "count"), [(0, 60), *(pytest.param(seed, 1_000, marks=pytest.mark.campaign) for seed in range(10))]
+)
+def test_models_that_say_anything_give_chunks_and_frames_or_an_error_that_shows_the_ids(
+    published, agent, monkeypatch, seed, count
+):
+    """From the model to the caller: no malformed answer comes through, and none is lost."""
+    rng, outcomes, vocabulary = random.Random(seed), Counter(), agent.processor.vocabulary
+    model, tell = scripted_model(vocabulary.size, positions=96)
+    scripted = WorldVLA(model, agent.processor)
+    frame = published.frame("libero_goal_0", 0)
+    codes = np.zeros((2, 2), int)
+    to_act = sequence.action_prompt([16_400], [codes], vocabulary)
+    to_imagine = sequence.world_prompt([16_400], [codes], np.full((1, 7), 10_006), vocabulary)
+    monkeypatch.setattr(agent.processor, "action_prompts", lambda *_: [to_act])
+    monkeypatch.setattr(agent.processor, "world_prompt", lambda *_: to_imagine)
+    monkeypatch.setattr(agent.processor.images, "decode", lambda codes: np.zeros((1, 32, 32, 3), np.uint8))
+    for _ in range(count):
+        said, size = scripts(rng, vocabulary, rng.choice([2, 2, 2, 4])), agent.processor.images.codebook_size
+        whole = said[: said.index(vocabulary.eot) + 1] if vocabulary.eot in said else None
+        for prompt, kind in ((to_act, "chunk"), (to_imagine, "frame")):
+            tell(len(prompt), said)
+            try:
+                if kind == "chunk":
+                    answer = scripted.predict_actions([frame], "open it", constrained=False)
+                else:
+                    answer = scripted.predict_frame([frame], np.zeros((1, 7)), constrained=False)
+            except SequenceError as error:
+                answer, shown = None, str(error).split("It said [")[1].rstrip("]")
+                ids = [int(token) for token in shown.split(", ")]
+                assert ids == (whole or [*said, *said * 96])[: len(ids)]
+                assert whole is None or len(ids) == len(whole) or len(prompt) + len(whole) > 96 or is_nested(ids)
+            if kind == "chunk":
+                right = whole is not None and is_chunk(whole, vocabulary)
+            else:
+                slots = [*sequence.image_slots(2, 2, vocabulary, codebook_size=size), [vocabulary.eot]]
+                fits = whole is not None and len(whole) == len(slots)
+                right = fits and all(token in slot for token, slot in zip(whole, slots, strict=True))
+            assert (answer is not None) == right, said
+            if kind == "chunk" and right:
+                np.testing.assert_array_equal(answer, agent.processor.decode_actions(whole))
+            outcomes[kind, right] += 1
+    assert min(outcomes.values()) > count / 20, outcomes
+    assert len(outcomes) == 4
+
+
+def is_chunk(ids, vocabulary):
+    slots = sequence.action_slots(7, vocabulary)
+    actions, rest = divmod(len(ids) - 1, len(slots))
+    grammar = [*slots * actions, [vocabulary.eot]]
+    return actions > 0 and rest == 0 and all(token in slot for token, slot in zip(ids, grammar, strict=True))
+
+
+def is_nested(ids):
+    """Whether blocks of a kind have begun or ended one too many times, which no mask can be made of."""
+    return any(abs(ids.count(begin) - ids.count(end)) > 1 for begin, end in ((10_004, 15_004), (8_197, 8_196)))
+
+
+def test_several_scenes_at_once(published, agent):
+    known = references(published, "action")
+    scenes = [(frames(published, r), instruction(published, r)) for r in known]
+    assert len({len(r["prompt"]) for r in known}) > 1
+    for constrained in (True, False):
+        found = agent.predict_actions_batch(*zip(*scenes, strict=True), constrained=constrained)
+        for actions, (images, words) in zip(found, scenes, strict=True):
+            np.testing.assert_array_equal(actions, agent.predict_actions(images, words, constrained=constrained))
+    pictures = scenes[0][0]
+    with pytest.raises(ValueError, match="2 lists of images and 1 instructions"):
+        agent.predict_actions_batch([pictures, pictures], ["open it"])
+    with pytest.raises(ValueError, match="0 lists of images"):
+        agent.predict_actions_batch([], [])
+
+
+def test_imagined_frames_follow_from_imagined_ones(published, agent):
+    picture, actions = published.frame("libero_goal_0", 0), np.full((3, 7), 0.1)
+    frames = agent.imagine([picture], actions)
+    assert frames.shape == (3, 128, 128, 3)
+    near = {"atol": 1, "rtol": 0}  # decoded in a batch, pixels round differently
+    np.testing.assert_allclose(1.0 * frames[0], agent.predict_frame([picture], actions[:1]), **near)
+    text = agent.processor.text.encode(agent.processor.settings.world_prompt)
+    vocabulary, ids = agent.processor.vocabulary, agent.processor.actions.encode(actions)
+    codes = agent.processor.encode_images([picture])
+
+    def next_frame(prompt):
+        slots = [*sequence.image_slots(8, 8, vocabulary), [vocabulary.eot]]
+        answer = fill(Decoder(agent.model, prompt, attention="causal"), slots)
+        return answer, sequence.images_of(sequence.parse(answer, vocabulary))[0]
+
+    for step in range(3):
+        _, now = next_frame(sequence.world_prompt(text, codes[-1:], ids[step : step + 1], vocabulary))
+        codes.append(now)
+    np.testing.assert_array_equal(frames, agent.processor.images.decode(np.stack(codes[1:])))
+
+    codes, prompt = codes[:1], sequence.world_prompt(text, codes[:1], ids[:1], vocabulary)
+    for step in range(2):  # two rounds: the second goes on where the first has ended
+        answer, now = next_frame(prompt)
+        codes.append(now)
+        prompt = [*prompt, *answer, *sequence.action_block(ids[step + 1], vocabulary), vocabulary.eot]
+    _, last = next_frame(sequence.world_prompt(text, codes[-1:], ids[2:], vocabulary))
+    together = agent.imagine([picture], actions, rounds=2)
+    np.testing.assert_array_equal(together, agent.processor.images.decode(np.stack([*codes[1:], last])))
+
+
+def test_frames_that_are_codes_already_are_imagined_from_as_they_are(published, agent):
+    codes = np.array(agent.processor.encode_images([published.frame("libero_goal_0", step) for step in (0, 1)]))
+    actions = np.full((3, 7), 0.1)
+    imagined = agent.imagine_codes(codes, actions)
+    assert imagined.shape == (2, 8, 8)
+    pictures = [published.frame("libero_goal_0", step) for step in (0, 1)]
+    np.testing.assert_array_equal(agent.imagine(pictures, actions), agent.processor.images.decode(imagined))
+    with pytest.raises(ValueError, match="3 actions for 0 images, 1 rounds; at least 1 image"):
+        agent.imagine_codes(codes[:0], actions)
+
+
+def test_imagining_needs_an_action_for_each_frame(published, agent):
+    pictures = [published.frame("libero_goal_0", step) for step in (0, 1)]
+    for count, rounds in ((1, 1), (2, 0)):
+        with pytest.raises(
+            ValueError, match=f"{count} actions for 2 images, {rounds} rounds; at least 1 image, an action"
+        ):
+            agent.imagine(pictures, np.zeros((count, 7)), rounds=rounds)
+
+
+def test_compiled_passes_give_the_same(published, agent):
+    reference = references(published, "action")[0]
+    scene = frames(published, reference), instruction(published, reference)
+    compiled = WorldVLA(agent.model, agent.processor)
+    assert compiled.compile(backend="eager") is compiled
+    assert compiled.workspace.slots == 256 + 2 * 76 + 16 * 9
+    assert compiled.with_settings(num_actions=3).workspace is compiled.workspace
+    for constrained in (True, False):
+        found, expected = (each.predict_actions(*scene, constrained=constrained) for each in (compiled, agent))
+        np.testing.assert_array_equal(found, expected)
+    found, expected = (each.predict_frame(scene[0][:1], np.zeros((1, 7))) for each in (compiled, agent))
+    np.testing.assert_array_equal(found, expected)
+    assert agent.workspace is None
+    compiled.compile(backend="eager", slots=120)  # what does not fit is not compiled
+    found, expected = (each.predict_actions(*scene, num_actions=3) for each in (compiled, agent))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_bad_requests(published, agent, monkeypatch):
     picture = published.frame("libero_goal_0", 0)
     with pytest.raises(ValueError, match="unconstrained decoding ends where the model ends"):
         agent.predict_actions([picture], "open it", num_actions=3, constrained=False)
     with pytest.raises(SequenceLengthError, match="4096 positions"):
         agent.predict_actions([picture], "open it", num_actions=500)
+    with pytest.raises(DecodingError, match="num_actions is 0"):
+        agent.predict_actions([picture], "open it", num_actions=0)
+    monkeypatch.setattr(agent.model.config, "attention", "none")
+    with pytest.raises(MaskError, match="attention is 'none'"):
+        agent.predict_actions([picture], "open it", num_actions=1)
     with pytest.raises(SequenceError, match="1 images and 2 actions"):
         agent.predict_frame([picture], np.zeros((2, 7)))
     with pytest.raises(ValueError, match="index \\(0, 0\\) is nan"):

@@ -19,7 +19,7 @@ def processor(published):
 @pytest.mark.parametrize("size", [128, 256])
 def test_prompts_and_samples_of_the_published_code(published, size):
     processor = WorldVLAProcessor.from_pretrained(published.tokenizer, image_size=size)
-    for reference in published.samples(size=size):
+    for reference in published.samples(size=size, near_ties=size < 256):
         frames = [published.frame(reference["episode"], i) for i in reference["frames"]]
         actions, instruction = reference["actions"], reference["instruction"]
         if reference["kind"] == "action":
@@ -86,6 +86,46 @@ def test_answers_that_are_none(processor):
         processor.decode_images([v.eot])
 
 
+def test_chunks_are_actions_and_one_end_of_the_turn(processor):
+    v = processor.vocabulary
+    action, image = sequence.action_block([10_006] * 7, v), sequence.image_block(np.zeros((2, 2), int), v)
+    assert processor.decode_actions([*action, *action, v.eot]).shape == (2, 7)
+    for ids, found in (
+        ([], "nothing at the end"),
+        (action, "an ActionBlock at the end"),
+        ([*action, v.eot, v.eot], "eot among them"),
+        ([v.eot, *action, v.eot], "eot among them"),
+        ([v.bos, *action, v.eot], "bos among them"),
+        ([*action, *image, v.eot], "an ImageBlock among them"),
+        ([*action, 16_400], "a TextBlock at the end"),
+    ):
+        with pytest.raises(
+            SequenceError, match=f"{len(ids)} generated ids: .*end of the turn expected, found {found}"
+        ):
+            processor.decode_actions(ids)
+
+
+def test_frames_are_one_image_of_the_size_asked_for(processor):
+    v = processor.vocabulary
+    action, image = sequence.action_block([10_006] * 7, v), sequence.image_block(np.zeros((2, 2), int), v)
+    assert [frame.shape for frame in processor.decode_images([*image, v.eot], shape=(2, 2))] == [(32, 32, 3)]
+    assert len(processor.decode_images([*image, v.eot, *image])) == 2
+    for ids in ([*action, *image, v.eot], [16_400, *image, v.eot], [v.bos, *image, v.eot]):
+        for shape in (None, (2, 2)):
+            with pytest.raises(SequenceError, match=r"image blocks expected, found (an Act|a Text|bos)"):
+                processor.decode_images(ids, shape=shape)
+    for ids in (image, [*image, *image, v.eot], [v.eot, *image], [*image, v.eot, v.eot]):
+        with pytest.raises(SequenceError, match="an image of 2 x 2 codes and the end of the turn expected, found"):
+            processor.decode_images(ids, shape=(2, 2))
+    with pytest.raises(SequenceError, match=r"of 4 x 2 codes .* found 1 \(2 x 2 codes\)"):
+        processor.decode_images([*image, v.eot], shape=(4, 2))
+    size = processor.images.codebook_size
+    if size < len(v.image_range):
+        strange = sequence.image_block(np.full((2, 2), size), v)
+        with pytest.raises(SequenceError, match=f"codes 0 … {size - 1} expected, found {size}"):
+            processor.decode_images(strange)
+
+
 def test_bad_input(published, processor, tmp_path):
     frame = published.frame("libero_goal_0", 0)
     with pytest.raises(ValueError, match="0 images"):
@@ -114,3 +154,16 @@ def test_bad_input(published, processor, tmp_path):
 def test_bad_settings(setting, value):
     with pytest.raises(ValueError, match=setting):
         ProcessorSettings(**{setting: value})
+
+
+def test_images_of_different_shapes_in_one_call(processor):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, shape, np.uint8) for shape in ((128, 128, 3), (64, 256, 3), (128, 128, 3))]
+    together = processor.encode_images(pictures)
+    assert [codes.shape for codes in together] == [(8, 8), (4, 16), (8, 8)]
+    for codes, picture in zip(together, pictures, strict=True):
+        np.testing.assert_array_equal(codes, processor.encode_images([picture])[0])
+    scenes = [pictures[:2], pictures[2:]]
+    words = ["open it", "close the drawer"]
+    prompts = processor.action_prompts(scenes, words)
+    assert prompts == [processor.action_prompt(*scene) for scene in zip(scenes, words, strict=True)]

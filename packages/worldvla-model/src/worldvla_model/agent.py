@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from worldvla_model.decoding import GREEDY, Decoder, Sampling, continue_freely, decode_chunk, fill
+from worldvla_model.decoding import (
+    GREEDY,
+    ChunkGrammar,
+    Draft,
+    Sampling,
+    UnfinishedAnswerError,
+    Workspace,
+    continue_chunks,
+    continue_frames,
+    decode_chunks,
+    decode_frames,
+    repeat,
+)
+from worldvla_model.decoding.chunks import SPECULATED
 from worldvla_model.modeling_worldvla import WorldVLAForConditionalGeneration
 from worldvla_model.processing_worldvla import WorldVLAProcessor
 from worldvla_tokenizers import ActionTokenizer, sequence
 from worldvla_tokenizers.files import PushOptions, push_folder, staged_folder, write_text_atomic
 
 CARD_NAME = "README.md"
+
+_FINGERPRINT_VALUES = 256  # of each parameter
+
+_Decoded = TypeVar("_Decoded")
 
 WORLD_ATTENTION = "causal"
 """World samples are plainly causal (paper, Fig. 3c)."""
@@ -30,6 +51,9 @@ class WorldVLA:
     Args:
         model: the model; it is put into evaluation mode.
         processor: tokenizers, prompts and sizes it was trained with.
+
+    Attributes:
+        workspace: what queries leave for the next ones; None, as long as `compile` was not called, for nothing.
 
     Raises:
         ValueError: the processor's ids do not fit into the model's vocabulary.
@@ -49,6 +73,7 @@ class WorldVLA:
             )
         self.model = model.eval()
         self.processor = processor
+        self.workspace: Workspace | None = None
 
     @classmethod
     def from_pretrained(
@@ -107,6 +132,41 @@ class WorldVLA:
         )
         return cls(model if "device_map" in model_options else model.to(device), processor)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of settings, bounds and some values of each parameter.
+
+        Other weights have another one. Of all values of a large model it would take minutes.
+        """
+        parts = self.processor
+        bounds = [parts.actions.low.tolist(), parts.actions.high.tolist()]
+        words = json.dumps([asdict(parts.settings), bounds, parts.images.vqgan.fingerprint], sort_keys=True)
+        found = hashlib.sha256(words.encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            flat = tensor.detach().flatten()
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(flat[:: max(1, len(flat) // _FINGERPRINT_VALUES)].float().cpu().numpy().tobytes())
+        return found.hexdigest()
+
+    def compile(self, *, slots: int | None = None, **compile_options: Any) -> WorldVLA:
+        """Compile the passes of decoding over caches of one size: on a GPU, CUDA graphs. Returns this agent.
+
+        The first queries after it are slow. Call it again when weights have changed.
+
+        Args:
+            slots: tokens of the longest prompt with its answer that is worth compiling for; default what the
+                settings need with 256 ids of words. A query that needs more is answered uncompiled.
+            compile_options: of `torch.compile`.
+        """
+        settings = self.processor.settings
+        if slots is None:
+            side = settings.image_size // self.processor.images.vqgan.config.factor
+            images = max(settings.history_length, 2) * (side * (side + 1) + 4)
+            actions = (settings.num_actions or SPECULATED) * (self.processor.actions.dimensions + 2)
+            slots = min(256 + images + actions, self.model.config.max_position_embeddings)
+        self.workspace = Workspace(self.model, slots=slots, **compile_options)
+        return self
+
     def predict_actions(
         self,
         images: Sequence[Any],
@@ -115,6 +175,7 @@ class WorldVLA:
         num_actions: int | None = None,
         constrained: bool = True,
         sampling: Sampling = GREEDY,
+        workspace: Workspace | None = None,
     ) -> NDArray[np.float64]:
         """What to do next.
 
@@ -123,29 +184,80 @@ class WorldVLA:
             instruction: the task in words.
             num_actions: K; default as saved with the checkpoint, else the model ends the chunk itself.
             constrained: only action ids where actions stand, so that the answer is always a chunk; False for
-                the published algorithm, which may leave the grammar.
+                the answer of the published algorithm, which may leave the grammar.
             sampling: how ids are chosen.
+            workspace: what earlier queries left; default that of the agent, if any.
 
         Returns:
             (K, D) actions in data units.
 
         Raises:
-            SequenceError: unconstrained, and the model left the grammar.
+            SequenceError: unconstrained, and the model's answer is no chunk: it left the grammar or never ended.
+                The ids are shown.
+            DecodingError: `num_actions` below 1, no end after as many actions as it may take, an id of the prompt
+                outside the model's vocabulary, or the workspace of another model.
+            MaskError: the model's mask strategy is unknown.
             SequenceLengthError: prompt and chunk do not fit into the model's positions.
             ValueError: unconstrained with a fixed number of actions, no image, or no instruction.
         """
+        (actions,) = self.predict_actions_batch(
+            [images],
+            [instruction],
+            num_actions=num_actions,
+            constrained=constrained,
+            sampling=sampling,
+            workspace=workspace,
+        )
+        return actions
+
+    def predict_actions_batch(
+        self,
+        images: Sequence[Sequence[Any]],
+        instructions: Sequence[str],
+        *,
+        num_actions: int | None = None,
+        constrained: bool = True,
+        sampling: Sampling = GREEDY,
+        workspace: Workspace | None = None,
+    ) -> list[NDArray[np.float64]]:
+        """What to do next in each of several scenes; prompts may differ in length.
+
+        Args:
+            images: B lists of images, as `predict_actions` takes them.
+            instructions: B of them.
+            num_actions: as in `predict_actions`.
+            constrained: as in `predict_actions`.
+            sampling: as in `predict_actions`.
+            workspace: as in `predict_actions`.
+
+        Returns:
+            B arrays (K, D), each what `predict_actions` gives.
+
+        Raises:
+            ValueError: another number of instructions, or none; else as in `predict_actions`.
+        """
         vocabulary, dimensions = self.processor.vocabulary, self.processor.actions.dimensions
-        prompt = self.processor.action_prompt(images, instruction)
-        decoder = Decoder(self.model, prompt, sampling=sampling)
+        grammar = ChunkGrammar(sequence.action_slots(dimensions, vocabulary), vocabulary.eot)
+        prompts = self.processor.action_prompts(images, instructions)
+        workspace = workspace or self.workspace
         if constrained:
-            slots = sequence.action_slots(dimensions, vocabulary)
             wanted = num_actions if num_actions is not None else self.processor.settings.num_actions
-            ids = decode_chunk(decoder, slots, vocabulary.eot, num_actions=wanted)
-        elif num_actions is None:
-            ids = continue_freely(decoder, vocabulary.eot)
-        else:
+            answers = decode_chunks(
+                self.model, prompts, grammar, num_actions=wanted, sampling=sampling, workspace=workspace
+            )
+            return [self.processor.decode_actions(ids) for ids in answers]
+        if num_actions is not None:
             raise ValueError(f"num_actions is {num_actions}, but unconstrained decoding ends where the model ends")
-        return self.processor.decode_actions(ids)
+        with self._unfinished_shown():
+            answers = continue_chunks(
+                self.model,
+                prompts,
+                grammar,
+                speculated=self.processor.settings.num_actions or SPECULATED,
+                sampling=sampling,
+                workspace=workspace,
+            )
+        return [self._understood(self.processor.decode_actions, ids) for ids in answers]
 
     def predict_frame(
         self,
@@ -154,40 +266,178 @@ class WorldVLA:
         *,
         constrained: bool = True,
         sampling: Sampling = GREEDY,
+        workspace: Workspace | None = None,
     ) -> NDArray[np.uint8]:
         """What the camera will see next.
 
         Args:
             images: h images, oldest first; PIL images or uint8 arrays (H, W, 3).
             actions: (h, D) actions in data units, each taken at the image of the same place.
-            constrained: only image codes where codes stand; False for the published algorithm.
+            constrained: only image codes where codes stand; False for the answer of the published algorithm.
             sampling: how ids are chosen.
+            workspace: what earlier queries left; default that of the agent, if any.
 
         Returns:
             (H, W, 3) the next frame, at the size that images are tokenized at.
 
         Raises:
-            SequenceError: unconstrained, and the model left the grammar.
+            SequenceError: unconstrained, and the model's answer is no frame of this size: it left the grammar or
+                never ended. The ids are shown.
+            DecodingError: an id of the prompt outside the model's vocabulary, or the workspace of another model.
             SequenceLengthError: prompt and frame do not fit into the model's positions.
             ValueError: no image, or another number of actions.
         """
-        vocabulary = self.processor.vocabulary
         prompt = self.processor.world_prompt(images, actions)
-        decoder = Decoder(self.model, prompt, attention=WORLD_ATTENTION, sampling=sampling)
-        if constrained:
-            blocks = sequence.parse(prompt, vocabulary, dimensions=self.processor.actions.dimensions)
-            rows, columns = sequence.images_of(blocks)[-1].shape
-            slots = sequence.image_slots(rows, columns, vocabulary)
-            ids = fill(decoder, [*slots, [vocabulary.eot]])
-        else:
-            ids = continue_freely(decoder, vocabulary.eot)
-        return self.processor.decode_images(ids)[0]
+        vocabulary = self.processor.vocabulary
+        blocks = sequence.parse(prompt, vocabulary, dimensions=self.processor.actions.dimensions)
+        now = sequence.images_of(blocks)[-1]
+        slots, draft = self._rounds(now, [])
+        decode = decode_frames if constrained else partial(continue_frames, end_of_turn=vocabulary.eot)
+        with self._unfinished_shown():
+            (ids,) = decode(
+                self.model,
+                [prompt],
+                slots,
+                draft=draft,
+                sampling=sampling,
+                attention=WORLD_ATTENTION,
+                workspace=workspace or self.workspace,
+            )
+        read = partial(self.processor.decode_images, shape=now.shape)
+        return (read(ids) if constrained else self._understood(read, ids))[0]
+
+    def imagine(
+        self,
+        images: Sequence[Any],
+        actions: ArrayLike,
+        *,
+        rounds: int = 1,
+        sampling: Sampling = GREEDY,
+        workspace: Workspace | None = None,
+    ) -> NDArray[np.uint8]:
+        """What the camera will see while several actions are taken, each frame imagined from those before it.
+
+        Imagined frames are read again as the codes they are, not by way of pixels.
+
+        Args:
+            images: h images, oldest first; PIL images or uint8 arrays (H, W, 3).
+            actions: (h + T - 1, D) actions in data units: those taken at the images, then one for each further
+                frame.
+            rounds: frames that follow from one prompt, each given all before it: N that the model was trained
+                with. They share one cache. The next prompt begins with the last h frames.
+            sampling: how ids are chosen.
+            workspace: what earlier queries left; default that of the agent, if any.
+
+        Returns:
+            (T, H, W, 3) frames.
+
+        Raises:
+            SequenceLengthError: prompt and frames do not fit into the model's positions.
+            ValueError: no image, too few actions, or `rounds` below 1.
+        """
+        codes = self.imagine_codes(
+            self.processor.encode_images(images), actions, rounds=rounds, sampling=sampling, workspace=workspace
+        )
+        return self.processor.images.decode(codes)
+
+    def imagine_codes(
+        self,
+        codes: ArrayLike,
+        actions: ArrayLike,
+        *,
+        rounds: int = 1,
+        sampling: Sampling = GREEDY,
+        workspace: Workspace | None = None,
+    ) -> NDArray[np.int64]:
+        """`imagine` for frames that are codes already, as those of a token data set are.
+
+        Args:
+            codes: (h, rows, columns) of h frames, oldest first.
+            actions: as in `imagine`.
+            rounds: as in `imagine`.
+            sampling: as in `imagine`.
+            workspace: as in `imagine`.
+
+        Returns:
+            (T, rows, columns) codes.
+
+        Raises:
+            SequenceLengthError: prompt and frames do not fit into the model's positions.
+            ValueError: no frame, too few actions, or `rounds` below 1.
+        """
+        known, vocabulary = list(np.asarray(codes, dtype=np.int64)), self.processor.vocabulary
+        history, ids = len(known), self.processor.actions.encode(actions)
+        if not known or len(ids) < history or rounds < 1:
+            raise ValueError(
+                f"{len(ids)} actions for {history} images, {rounds} rounds; at least 1 image, an action for each "
+                "and at least 1 round needed"
+            )
+        text = self.processor.text.encode(self.processor.settings.world_prompt)
+        while (done := len(known)) <= len(ids):
+            prompt = sequence.world_prompt(text, known[-history:], ids[done - history : done], vocabulary)
+            slots, draft = self._rounds(known[-1], ids[done : done + rounds - 1])
+            (answer,) = decode_frames(
+                self.model,
+                [prompt],
+                slots,
+                draft=draft,
+                sampling=sampling,
+                attention=WORLD_ATTENTION,
+                workspace=workspace or self.workspace,
+            )
+            blocks = sequence.parse(answer, vocabulary, dimensions=self.processor.actions.dimensions)
+            known += sequence.images_of(blocks)
+        return np.stack(known[history:])
+
+    def _rounds(self, now: NDArray[np.int64], following: ArrayLike) -> tuple[list[Sequence[int]], Draft]:
+        """What the next frames and the actions between them may look like; as a draft, most of it stays."""
+        vocabulary, size = self.processor.vocabulary, self.processor.images.codebook_size
+        rows, columns = now.shape
+        frame: list[Sequence[int]] = [
+            *sequence.image_slots(rows, columns, vocabulary, codebook_size=size),
+            [vocabulary.eot],
+        ]
+        slots = list(frame)
+        period = len(frame)
+        for action in np.asarray(following):
+            between = [*sequence.action_block(action, vocabulary), vocabulary.eot]
+            slots += [[token] for token in between] + frame
+            period = len(frame) + len(between)
+        return slots, repeat([*sequence.image_block(now, vocabulary), vocabulary.eot], period=period)
+
+    def _understood(self, decode: Callable[[Sequence[int]], _Decoded], ids: Sequence[int]) -> _Decoded:
+        """What free ids say.
+
+        Raises:
+            SequenceError: nothing; the ids are shown.
+        """
+        try:
+            return decode(ids)
+        except sequence.SequenceError as error:
+            raise sequence.SequenceError(f"the model left the grammar: {error}. It said {list(ids)}") from error
+
+    @contextmanager
+    def _unfinished_shown(self) -> Iterator[None]:
+        """Turn an answer that could not go on into the error of one that cannot be read.
+
+        Raises:
+            SequenceError: the ids are shown.
+        """
+        try:
+            yield
+        except UnfinishedAnswerError as error:
+            raise sequence.SequenceError(f"the model left the grammar: {error}. It said {error.ids}") from error
 
     def with_settings(self, **settings: Any) -> WorldVLA:
-        """The same weights under other settings, fields of `ProcessorSettings` (`world_prompt`, …)."""
+        """The same weights under other settings, fields of `ProcessorSettings` (`world_prompt`, …).
+
+        They share the workspace, if there is one.
+        """
         parts = self.processor
         changed = replace(parts.settings, **settings)
-        return WorldVLA(self.model, WorldVLAProcessor(parts.text, parts.images, parts.actions, changed))
+        other = WorldVLA(self.model, WorldVLAProcessor(parts.text, parts.images, parts.actions, changed))
+        other.workspace = self.workspace
+        return other
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, name: str | None = None) -> None:
         """Write one folder that `from_pretrained` brings back: model, processor, bounds, prompts, model card.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import ChameleonConfig, PreTrainedConfig
 
+from worldvla_model.loss import LossRule
 from worldvla_model.masks import STRATEGIES
 from worldvla_model.published import config_from_published, is_published
 
@@ -37,7 +38,8 @@ class WorldVLAConfig(PreTrainedConfig):
         qk_norm: `shared`: one row of query and key norm weights for all heads, (1, head_dim), as in published
             files; `per_head`: one row a head, as in transformers' Chameleon.
         attention: name of the mask strategy, a function of `worldvla_model.masks`.
-        alpha: weight of image tokens in the loss.
+        loss: rule of the training loss, `published` or `paper` (see `worldvla_model.loss.means`).
+        alpha: weight of image tokens (published) or of world samples (paper) in the loss.
         z_loss_weight: weight of the mean squared log-partition function in the loss.
         boi_token_id: begin of image.
         eoi_token_id: end of image.
@@ -51,7 +53,7 @@ class WorldVLAConfig(PreTrainedConfig):
     """
 
     model_type = "worldvla"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers adds to it
 
     vocab_size: int = 65_536
     hidden_size: int = 4_096
@@ -72,6 +74,7 @@ class WorldVLAConfig(PreTrainedConfig):
     use_cache: bool = True
     qk_norm: Literal["shared", "per_head"] = "shared"
     attention: str = "action_isolated"
+    loss: LossRule = "published"
     alpha: float = 0.04
     z_loss_weight: float = 1e-5
     boi_token_id: int = 8_197
@@ -95,6 +98,8 @@ class WorldVLAConfig(PreTrainedConfig):
             )
         if self.qk_norm not in ("shared", "per_head"):
             raise ValueError(f"qk_norm is {self.qk_norm!r}; allowed: 'shared', 'per_head'")
+        if self.loss not in get_args(LossRule):
+            raise ValueError(f"loss is {self.loss!r}; allowed: {', '.join(get_args(LossRule))}")
         if self.attention not in STRATEGIES:
             raise ValueError(f"attention is {self.attention!r}; allowed: {', '.join(STRATEGIES)}")
 

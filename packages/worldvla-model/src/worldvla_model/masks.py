@@ -168,7 +168,12 @@ def positions(ids: Tensor, tokens: BlockTokens) -> Positions:
 
 
 def attend(
-    strategy: str | Strategy, where: Positions, *, first_query: int = 0, keys: Tensor | None = None
+    strategy: str | Strategy,
+    where: Positions,
+    *,
+    first_query: int = 0,
+    keys: Tensor | None = None,
+    plain: Tensor | None = None,
 ) -> Tensor:
     """Dense bool mask of some last queries over all keys of sequences.
 
@@ -178,12 +183,15 @@ def attend(
         first_query: leave out the rows before it: those of cached tokens.
         keys: (B, T) bool, False where a key is padding. Every query may attend to itself all the same, so
             that no row is empty.
+        plain: (B,) bool, True for sequences that are causal whatever the strategy: world samples (Fig. 3c).
 
     Returns:
         (B, T - first_query, T) bool, True = may attend.
     """
     query, key = where.rows(first_query), where.columns()
     allowed = resolve(strategy)(query, key)
+    if plain is not None:
+        allowed = torch.where(plain[:, None, None], causal(query, key), allowed)
     if keys is not None:
         allowed = (allowed & keys[:, None, :]) | (query.position == key.position)
     return allowed
@@ -207,7 +215,12 @@ def dense(strategy: str | Strategy, ids: Tensor, vocabulary: BlockTokens) -> Ten
 
 
 def mask_function(
-    strategy: str | Strategy, where: Positions, *, first_query: int = 0, keys: Tensor | None = None
+    strategy: str | Strategy,
+    where: Positions,
+    *,
+    first_query: int = 0,
+    keys: Tensor | None = None,
+    plain: Tensor | None = None,
 ) -> MaskFunction:
     """The mask as a function of indices, for flex attention and for transformers' mask builders.
 
@@ -217,7 +230,10 @@ def mask_function(
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = query + first_query
-        allowed = rule(where.at(batch, row), where.at(batch, key))
+        rows, columns = where.at(batch, row), where.at(batch, key)
+        allowed = rule(rows, columns)
+        if plain is not None:
+            allowed = torch.where(plain[batch], causal(rows, columns), allowed)
         if keys is not None:
             allowed = (allowed & keys[batch, key]) | (row == key)
         return allowed

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from worldvla_model import masks
 from worldvla_model.configuration_worldvla import WorldVLAConfig
-from worldvla_model.loss import published_loss
+from worldvla_model.loss import SupervisedLosses, chunked_losses, combine, means, supervised_losses
 from worldvla_model.published import CheckpointError, check_tensors
 
 NEVER_WRITTEN = 2
@@ -41,6 +42,17 @@ NEVER_WRITTEN = 2
 
 class SequenceLengthError(ValueError):
     """More positions than the model has."""
+
+
+@dataclass
+class WorldVLAOutput(CausalLMOutputWithPast):
+    """What `WorldVLAForConditionalGeneration` returns.
+
+    Attributes:
+        losses: per supervised token, where `labels` were given.
+    """
+
+    losses: SupervisedLosses | None = None
 
 
 class WorldVLAAttention(ChameleonAttention):
@@ -146,6 +158,7 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
         *,
         attention: str | masks.Strategy | None = None,
         context_ids: Tensor | None = None,
+        is_world: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -161,6 +174,7 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
             attention: mask strategy of this call, by name or as a function; default `config.attention`.
             context_ids: (B, T) ids of cached and new tokens. Needed where the mask depends on blocks among
                 the cached ones; `generate` passes it by itself.
+            is_world: (B,) bool, True for world and video samples, which are causal whatever the strategy.
             kwargs: `output_hidden_states`, `output_attentions` and other arguments of transformers' attention.
 
         Returns:
@@ -178,23 +192,31 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         queries = inputs_embeds.shape[1]
+        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        past = 0
         if context_ids is not None:
             past = context_ids.shape[1] - queries
-        else:
+        elif position_ids is None or attention_mask is None or padding is not None:
             past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
             if past == 0:
                 context_ids = input_ids
-        if past + queries > self.config.max_position_embeddings:
+        # With positions of their own, tokens need not stand where they come in the cache.
+        if position_ids is None and past + queries > self.config.max_position_embeddings:
             raise SequenceLengthError(
                 f"sequence of {past + queries} tokens; the model has "
                 f"{self.config.max_position_embeddings} positions (max_position_embeddings)"
             )
-        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         if position_ids is None:
             position_ids = _count_positions(padding, past, queries, inputs_embeds.device)
         if attention_mask is None or padding is not None:
             attention_mask = self._mask(
-                attention or self.config.attention, context_ids, padding, past, inputs_embeds, past_key_values
+                attention or self.config.attention,
+                context_ids,
+                padding,
+                past,
+                inputs_embeds,
+                past_key_values,
+                is_world,
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
@@ -220,6 +242,7 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
         past: int,
         inputs_embeds: Tensor,
         cache: Cache | None,
+        is_world: Tensor | None,
     ) -> Tensor | BlockMask | None:
         """The mask of the new tokens over all keys, in the form that the attention implementation takes."""
         batch, queries = inputs_embeds.shape[:2]
@@ -238,17 +261,14 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
         where = masks.positions(context_ids, self.config)
         keys = None if padding is None else padding.bool()
         if implementation == "flex_attention":
-            rule = masks.mask_function(strategy, where, first_query=past, keys=keys)
+            rule = masks.mask_function(strategy, where, first_query=past, keys=keys, plain=is_world)
             return create_block_mask(
                 _within(rule, past + queries), batch, None, queries, total, device=inputs_embeds.device
             )
-        allowed = masks.attend(strategy, where, first_query=past, keys=keys)  # (B, Q, T)
+        allowed = masks.attend(strategy, where, first_query=past, keys=keys, plain=is_world)  # (B, Q, T)
         # A static cache has slots that nothing was written to yet.
         allowed = nn.functional.pad(allowed, (0, total - allowed.shape[-1]))[:, None]  # (B, 1, Q, total)
-        if implementation == "sdpa":
-            return allowed
-        lowest = torch.finfo(inputs_embeds.dtype).min
-        return torch.where(allowed, 0.0, lowest).to(inputs_embeds.dtype)
+        return as_attention_mask(allowed, implementation, inputs_embeds.dtype)
 
 
 class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin):
@@ -274,8 +294,11 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        is_world: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> WorldVLAOutput:
         """Run the model; arguments beyond these are those of `WorldVLAModel.forward`.
 
         Args:
@@ -284,14 +307,19 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
             position_ids: as in `WorldVLAModel.forward`.
             past_key_values: as in `WorldVLAModel.forward`.
             inputs_embeds: as in `WorldVLAModel.forward`.
-            labels: (B, Q) ids, -100 where nothing is supervised. The loss is the published one, with
-                `config.alpha` and `config.z_loss_weight`; `worldvla_model.loss` has the paper's.
+            labels: (B, Q) ids, -100 where nothing is supervised. The loss follows `config.loss`, `config.alpha`
+                and `config.z_loss_weight`.
             use_cache: return `past_key_values`.
             logits_to_keep: compute logits of this many last positions only (0: of all), or of these positions.
+            is_world: (B,) bool, True for world and video samples: they are causal whatever the strategy, and the
+                paper's loss takes a mean of its own over them.
+            skip_logits: compute the loss from supervised positions alone, a chunk at a time, and return no
+                `logits`: the same loss and gradients for a fraction of the memory. By default while training.
             kwargs: `attention`, `context_ids`, `output_hidden_states`, …
 
         Returns:
-            `logits` (B, Q, V) in fp32 and, if asked, `loss`, `past_key_values`, `hidden_states`, `attentions`.
+            `logits` (B, Q, V) in fp32 and, if asked, `loss`, `losses`, `past_key_values`, `hidden_states`,
+            `attentions`.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -300,16 +328,27 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            is_world=is_world,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        # fp32, as the published code computes them whatever the weights are.
-        logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
-        loss = None
-        if labels is not None:
-            loss = published_loss(logits, labels, alpha=self.config.alpha, z_loss_weight=self.config.z_loss_weight)
-        return CausalLMOutputWithPast(
+        hidden = outputs.last_hidden_state
+        logits, loss, losses = None, None, None
+        if labels is not None and (self.training if skip_logits is None else skip_logits):
+            losses = chunked_losses(hidden, self.lm_head.weight, labels)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            # fp32 at least, as the published code computes them whatever the weights are.
+            logits = self.lm_head(hidden[:, kept])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if labels is not None:
+                losses = supervised_losses(logits, labels)
+        if losses is not None:
+            config = self.config
+            parts = means(losses, config.loss, is_world=is_world, alpha=config.alpha)
+            loss = combine(parts, alpha=config.alpha, z_loss_weight=config.z_loss_weight)
+        return WorldVLAOutput(
             loss=loss,
+            losses=losses,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -323,6 +362,13 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
         # The padding mask is kept from transformers, which would turn it into a causal 4-D mask here.
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=None, **kwargs)
         return {**inputs, "attention_mask": attention_mask, "context_ids": input_ids}
+
+
+def as_attention_mask(allowed: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """A mask (B, 1, Q, T), True = may attend, as an attention takes it: bool for sdpa, else additive."""
+    if implementation == "sdpa":
+        return allowed
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 def _count_positions(padding: Tensor | None, past: int, queries: int, device: torch.device) -> Tensor:
@@ -345,5 +391,6 @@ __all__ = [
     "SequenceLengthError",
     "WorldVLAForConditionalGeneration",
     "WorldVLAModel",
+    "WorldVLAOutput",
     "WorldVLAPreTrainedModel",
 ]

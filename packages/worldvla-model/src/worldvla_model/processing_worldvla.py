@@ -21,6 +21,7 @@ from worldvla_tokenizers.files import (
     write_text_atomic,
 )
 from worldvla_tokenizers.image import FOLDER_NAME as IMAGE_FOLDER_NAME
+from worldvla_tokenizers.image import fit
 from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
 
 FILE_NAME = "processor_config.json"
@@ -102,7 +103,7 @@ class WorldVLAProcessor:
         return self.settings.history_length
 
     def encode_images(self, images: Sequence[Any]) -> list[NDArray[np.int64]]:
-        """Images of any size → one array of codes (rows, columns) each.
+        """Images of any sizes → one array of codes (rows, columns) each.
 
         Raises:
             ValueError: no image.
@@ -110,7 +111,14 @@ class WorldVLAProcessor:
         """
         if len(images) == 0:
             raise ValueError("0 images; at least 1 needed")
-        return list(np.asarray(self.images.encode(list(images), target=self.image_size)))
+        pictures = [fit(image, self.image_size) for image in images]
+        codes: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(pictures)
+        for size in {picture.size for picture in pictures}:  # only images of one size go together
+            places = [place for place, picture in enumerate(pictures) if picture.size == size]
+            found = self.images.encode([pictures[place] for place in places], target=self.image_size)
+            for place, code in zip(places, found, strict=True):
+                codes[place] = code
+        return codes
 
     def action_prompt(self, images: Sequence[Any], instruction: str) -> list[int]:
         """Ids that ask for a chunk of actions.
@@ -119,8 +127,26 @@ class WorldVLAProcessor:
             images: M images, oldest first.
             instruction: the task in words, such as `put the bowl on the plate`.
         """
-        text = self._instruct(self.settings.action_prompt, instruction)
-        return sequence.action_prompt(text, self.encode_images(images), self.vocabulary)
+        (prompt,) = self.action_prompts([images], [instruction])
+        return prompt
+
+    def action_prompts(self, images: Sequence[Sequence[Any]], instructions: Sequence[str]) -> list[list[int]]:
+        """`action_prompt` for each of several scenes; all images are encoded in one go.
+
+        Raises:
+            ValueError: another number of instructions than of lists of images, or none.
+        """
+        if len(images) != len(instructions) or len(images) == 0:
+            raise ValueError(
+                f"{len(images)} lists of images and {len(instructions)} instructions; equal numbers, at least 1, "
+                "needed"
+            )
+        texts = [self._instruct(self.settings.action_prompt, words) for words in instructions]
+        codes = iter(self.encode_images([image for shown in images for image in shown]))
+        return [
+            sequence.action_prompt(text, [next(codes) for _ in shown], self.vocabulary)
+            for text, shown in zip(texts, images, strict=True)
+        ]
 
     def world_prompt(self, images: Sequence[Any], actions: ArrayLike) -> list[int]:
         """Ids that ask for the next frame.
@@ -174,26 +200,55 @@ class WorldVLAProcessor:
         """Generated ids of a chunk → (K, D) actions in data units.
 
         Raises:
-            SequenceError: the ids are not whole action blocks.
+            SequenceError: the ids are anything but whole action blocks, at least one, and the end of the turn.
         """
         blocks = sequence.parse(ids, self.vocabulary, dimensions=self.actions.dimensions)
-        actions = sequence.actions_of(blocks)
-        strange = [block for block in blocks if not isinstance(block, sequence.ActionBlock | sequence.Marker)]
-        if strange or len(actions) == 0:
-            what = f"a {type(strange[0]).__name__} among them" if strange else "no action at all"
-            raise sequence.SequenceError(f"{len(ids)} generated ids: action blocks expected, found {what}")
-        return self.actions.decode(actions)
+        strange = [block for block in blocks[:-1] if not isinstance(block, sequence.ActionBlock)]
+        found = None
+        if strange:
+            found = f"{_name(strange[0])} among them"
+        elif not blocks or blocks[-1] is not sequence.Marker.EOT:
+            found = f"{_name(blocks[-1]) if blocks else 'nothing'} at the end"
+        elif len(blocks) == 1:
+            found = "no action at all"
+        if found is not None:
+            raise sequence.SequenceError(
+                f"{len(ids)} generated ids: action blocks and the end of the turn expected, found {found}"
+            )
+        return self.actions.decode(sequence.actions_of(blocks))
 
-    def decode_images(self, ids: Sequence[int]) -> list[NDArray[np.uint8]]:
+    def decode_images(
+        self, ids: Sequence[int], *, shape: tuple[int, int] | None = None
+    ) -> list[NDArray[np.uint8]]:
         """Generated ids of frames → one uint8 array (H, W, 3) each.
 
+        Args:
+            ids: whole image blocks; ends of turns may stand between them.
+            shape: rows and columns of codes of the one frame that is expected, and after it the end of the turn;
+                None for as many frames as there are, of any size.
+
         Raises:
-            SequenceError: the ids are not whole image blocks.
+            SequenceError: the ids are anything else, or a code is not in the codebook.
         """
         blocks = sequence.parse(ids, self.vocabulary, dimensions=self.actions.dimensions)
-        codes = sequence.images_of(blocks)
-        if not codes:
-            raise sequence.SequenceError(f"{len(ids)} generated ids: image blocks expected, found none")
+        codes, size = sequence.images_of(blocks), self.images.codebook_size
+        strange = [b for b in blocks if not isinstance(b, sequence.ImageBlock) and b is not sequence.Marker.EOT]
+        expected, found = "image blocks", None
+        if strange:
+            found = _name(strange[0])
+        elif not codes:
+            found = "none"
+        elif shape is not None:
+            expected = f"an image of {shape[0]} x {shape[1]} codes and the end of the turn"
+            sizes = [f"{len(frame)} x {len(frame[0])} codes" for frame in codes]
+            if len(blocks) != 2 or blocks[-1] is not sequence.Marker.EOT or codes[0].shape != tuple(shape):
+                turns = len(blocks) - len(codes)
+                found = f"{len(codes)} ({', '.join(sizes)}) and {turns} ends of turns, or in another order"
+        highest = max((int(frame.max()) for frame in codes), default=0)
+        if found is None and highest >= size:
+            expected, found = f"codes 0 … {size - 1}", f"{highest}"
+        if found is not None:
+            raise sequence.SequenceError(f"{len(ids)} generated ids: {expected} expected, found {found}")
         return [self.images.decode(frame[None])[0] for frame in codes]
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -266,6 +321,13 @@ class WorldVLAProcessor:
         if not isinstance(instruction, str) or not instruction.strip():
             raise ValueError(f"instruction is {instruction!r}; words are needed")
         return self.text.encode(template.replace("{instruction}", instruction))
+
+
+def _name(block: sequence.Block) -> str:
+    """A block in an error."""
+    if isinstance(block, sequence.Marker):
+        return block.value
+    return f"{'a' if isinstance(block, sequence.TextBlock) else 'an'} {type(block).__name__}"
 
 
 __all__ = ["ProcessorSettings", "WorldVLAProcessor"]

@@ -1,74 +1,32 @@
-"""Chunks of actions and frames from a prompt.
+"""One token after the other: the plain way to decode, which every faster one is tested against.
 
-Everything here works on ids. Two ways to decode, on the same cache:
+Two ways, on the same cache:
 
-- *constrained* (`fill`, `decode_chunk`): a grammar says for each position which ids may stand there. Where
-  only one may, it is written without asking the model; where several may, the most likely of them is taken.
-  The answer always parses.
-- *unconstrained* (`continue_freely`): the published algorithm, one token after the other over the whole
-  vocabulary until the model ends its turn. The answer may be anything.
+- *constrained* (`fill`): a grammar says for each position which ids may stand there. Where only one may, it is
+  written without asking the model; where several may, the most likely of them is taken. The answer always parses.
+- *unconstrained* (`continue_freely`): the published algorithm, over the whole vocabulary until the model ends its
+  turn. The answer may be anything.
 
-As long as the model keeps to the grammar, both give the same ids.
+As long as the model keeps to the grammar, both give the same ids. (Under a mask that looks ahead for images this
+takes a prompt without actions: the first way shows the prompt's tokens that an image is to follow, the second does
+not. World queries are `causal`.)
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from worldvla_model.masks import Strategy
+from worldvla_model.decoding.grammar import ChunkGrammar
+from worldvla_model.decoding.places import check_prompts
+from worldvla_model.decoding.sampling import GREEDY, DecodingError, Sampling, UnfinishedAnswerError, check_slots
+from worldvla_model.decoding.workspace import Workspace, device_of
+from worldvla_model.masks import BlockTokens, MaskError, Strategy, causal, resolve
 from worldvla_model.modeling_worldvla import SequenceLengthError, WorldVLAForConditionalGeneration
-
-
-class DecodingError(ValueError):
-    """A request that cannot be decoded, or an answer that never ended."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How an id is chosen from the logits.
-
-    Attributes:
-        temperature: 0 for the most likely id, else the logits are divided by it and an id is drawn.
-        top_k: draw among the k most likely ids only.
-        top_p: draw among the most likely ids that together hold this probability.
-        generator: source of randomness, on the model's device; default PyTorch's own.
-
-    Raises:
-        DecodingError: a value out of its range.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    generator: torch.Generator | None = None
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0.0:
-            raise DecodingError(f"temperature is {self.temperature}; allowed: 0 (greedy) and above")
-        if self.top_k is not None and self.top_k < 1:
-            raise DecodingError(f"top_k is {self.top_k}; allowed: 1 and above, or None")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise DecodingError(f"top_p is {self.top_p}; allowed: above 0 and up to 1, or None")
-
-    def choose(self, logits: Tensor) -> int:
-        """Choose one of the entries of (N,) logits; returns its index."""
-        if self.temperature == 0.0:
-            return int(logits.argmax())
-        scores = TemperatureLogitsWarper(self.temperature)(None, logits[None])
-        if self.top_k is not None:
-            scores = TopKLogitsWarper(self.top_k)(None, scores)
-        if self.top_p is not None:
-            scores = TopPLogitsWarper(self.top_p)(None, scores)
-        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator))
-
-
-GREEDY = Sampling()
 
 
 class Decoder:
@@ -81,6 +39,7 @@ class Decoder:
         prompt: ids of the prompt.
         attention: mask strategy by name or as a function; default that of the model's configuration.
         sampling: how ids are chosen.
+        workspace: where passes are counted; nothing is taken from it or left there.
 
     Raises:
         DecodingError: an empty prompt, or an id outside the model's vocabulary.
@@ -94,20 +53,15 @@ class Decoder:
         *,
         attention: str | Strategy | None = None,
         sampling: Sampling = GREEDY,
+        workspace: Workspace | None = None,
     ) -> None:
-        if len(prompt) == 0:
-            raise DecodingError("the prompt has 0 ids; at least 1 needed")
-        size = model.config.vocab_size
-        foreign = next((i for i, token in enumerate(prompt) if not 0 <= token < size), None)
-        if foreign is not None:
-            raise DecodingError(
-                f"prompt id {prompt[foreign]} at position {foreign}; the model's vocabulary is 0 … {size - 1}"
-            )
+        check_prompts(model, [prompt])
         self.model = model
         self.attention = attention
         self.sampling = sampling
         self.ids = [int(i) for i in prompt]
         self.prompt_length = len(self.ids)
+        self.workspace = workspace
         self.passes = 0
         self._cache = DynamicCache(config=model.config)
         self.require(1)
@@ -135,6 +89,11 @@ class Decoder:
         self.require(1)
         self.ids.append(token)
 
+    def read(self) -> None:
+        """Let the model read what is written so far, before more is."""
+        if len(self.ids) > self._cache.get_seq_length():
+            self._next_logits()
+
     def choose(self, allowed: Sequence[int] | None = None) -> int:
         """Let the model choose the next id, among `allowed` ids or among all, and append it.
 
@@ -143,21 +102,16 @@ class Decoder:
         """
         logits = self._next_logits()
         if allowed is None:
-            token = self.sampling.choose(logits)
+            token = int(self.sampling.choose(logits[None])[0])
         else:
-            if min(allowed) < 0 or max(allowed) >= len(logits):
-                raise DecodingError(
-                    f"ids {min(allowed)} … {max(allowed)} wanted; the model's vocabulary is 0 … {len(logits) - 1}"
-                )
-            candidates = logits[torch.as_tensor(allowed, device=logits.device)]
-            token = allowed[self.sampling.choose(candidates)]
+            token = int(self.sampling.choose_among(logits[None], allowed)[0])
         self.write(token)
         return token
 
     @torch.inference_mode()
     def _next_logits(self) -> Tensor:
         """Logits (V,) of the id after those so far."""
-        context = torch.tensor([self.ids], device=self.model.device)  # (1, T)
+        context = torch.tensor([self.ids], device=device_of(self.model.model.embed_tokens))  # (1, T)
         output = self.model(
             context[:, self._cache.get_seq_length() :],
             context_ids=context,
@@ -167,6 +121,8 @@ class Decoder:
             attention=self.attention,
         )
         self.passes += 1
+        if self.workspace is not None:
+            self.workspace.passes += 1
         return output.logits[0, -1]
 
 
@@ -181,8 +137,10 @@ def fill(decoder: Decoder, slots: Sequence[Sequence[int]]) -> list[int]:
         The ids appended, one for each slot.
 
     Raises:
+        DecodingError: a slot that allows nothing, or an id outside the model's vocabulary.
         SequenceLengthError: the slots do not fit into the model's positions.
     """
+    check_slots(slots, decoder.model.config.vocab_size)
     decoder.require(len(slots))
     start = len(decoder.ids)
     for slot in slots:
@@ -193,41 +151,31 @@ def fill(decoder: Decoder, slots: Sequence[Sequence[int]]) -> list[int]:
     return decoder.ids[start:]
 
 
-def decode_chunk(
-    decoder: Decoder,
-    action_slots: Sequence[Sequence[int]],
-    end_of_turn: int,
-    *,
-    num_actions: int | None = None,
-    max_actions: int = 64,
+def fill_chunk(
+    decoder: Decoder, grammar: ChunkGrammar, *, num_actions: int | None = None, max_actions: int = 64
 ) -> list[int]:
-    """Append a chunk of whole actions and the end of the turn.
+    """Append a chunk of whole actions and the end of the turn; see `chunks.decode_chunks`.
 
     Args:
         decoder: the prompt of an action query.
-        action_slots: the grammar of one action block, begin and end tokens included.
-        end_of_turn: id that ends the answer.
-        num_actions: K, the number of actions; None to let the model choose after each action between another
-            one and the end of the turn, as it does when it decodes freely.
+        grammar: of the chunk.
+        num_actions: K; None to let the model choose after each action between another one and the end of the turn.
         max_actions: give up where the model has not ended its turn after so many actions.
 
     Returns:
-        The ids appended: K blocks and the end of the turn.
+        The ids appended.
 
     Raises:
-        DecodingError: `num_actions` below 1, or no end after `max_actions`.
+        DecodingError: no end after `max_actions`, or an id outside the model's vocabulary.
         SequenceLengthError: the chunk does not fit into the model's positions.
     """
     if num_actions is not None:
-        if num_actions < 1:
-            raise DecodingError(f"num_actions is {num_actions}; allowed: 1 and above, or None")
-        return fill(decoder, [*list(action_slots) * num_actions, [end_of_turn]])
-    generated = fill(decoder, action_slots)
-    begin_of_action = action_slots[0][0]
+        return fill(decoder, [*list(grammar.slots) * num_actions, [grammar.end_of_turn]])
+    generated = fill(decoder, grammar.slots)
     for _ in range(max_actions):
-        if decoder.choose([begin_of_action, end_of_turn]) == end_of_turn:
-            return [*generated, end_of_turn]
-        generated += [begin_of_action, *fill(decoder, action_slots[1:])]
+        if decoder.choose([grammar.begin, grammar.end_of_turn]) == grammar.end_of_turn:
+            return [*generated, grammar.end_of_turn]
+        generated += [grammar.begin, *fill(decoder, grammar.slots[1:])]
     raise DecodingError(
         f"the model did not end its turn after {max_actions} actions (max_actions); pass num_actions"
     )
@@ -248,10 +196,48 @@ def continue_freely(decoder: Decoder, end_of_turn: int, *, max_new_tokens: int |
         The ids appended; the last is `end_of_turn` unless `max_new_tokens` came first.
 
     Raises:
-        SequenceLengthError: the model's positions were used up before the turn ended.
+        UnfinishedAnswerError: the model's positions were used up before the turn ended, or the model has begun
+            blocks inside blocks, which have no mask.
     """
     start = len(decoder.ids)
     while max_new_tokens is None or len(decoder.ids) - start < max_new_tokens:
-        if decoder.choose() == end_of_turn:
-            break
+        try:
+            if decoder.choose() == end_of_turn:
+                break
+        except (SequenceLengthError, MaskError) as error:
+            if not decoder.generated:  # not the answer's fault
+                raise
+            said = decoder.generated
+            raise UnfinishedAnswerError(f"an answer did not end within {len(said)} ids: {error}", said) from error
     return decoder.ids[start:]
+
+
+def continue_from(
+    model: WorldVLAForConditionalGeneration,
+    prompt: Sequence[int],
+    decided: Sequence[int],
+    end_of_turn: int,
+    *,
+    sampling: Sampling = GREEDY,
+    attention: str | Strategy | None = None,
+    workspace: Workspace | None = None,
+) -> list[int]:
+    """`continue_freely` after ids that are decided already; returns the whole answer, these included."""
+    decoder = Decoder(model, prompt, attention=attention, sampling=sampling, workspace=workspace)
+    tokens = model.config
+    looks_ahead = resolve(attention or tokens.attention) is not causal
+    for place, token in enumerate(decided, start=1):
+        # What stands before an image has entered without it, where ids were chosen one after the other. And where
+        # the last id nests blocks, there is no mask for it: the plain causal pass over a prompt would not notice.
+        image = token in (tokens.boi, tokens.eoi)
+        if (image and looks_ahead) or (place == len(decided) and (image or token in (tokens.boa, tokens.eoa))):
+            decoder.read()
+        decoder.write(token)
+    continue_freely(decoder, end_of_turn)
+    return decoder.generated
+
+
+def is_balanced(prompt: Sequence[int], tokens: BlockTokens) -> bool:
+    """Whether each block that begins in a prompt ends there: else it is not known how masks of an answer go on."""
+    counts = Counter(prompt)
+    return counts[tokens.boi] == counts[tokens.eoi] and counts[tokens.boa] == counts[tokens.eoa]
