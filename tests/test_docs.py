@@ -2,15 +2,18 @@
 
 The Python blocks of a page share one namespace and run in order, in an empty folder where `tests/fixtures/…` leads
 to the fixtures, as it does from the root of the checkout. In shell blocks the `worldvla` commands run. A comment
-on the line above marks a block that the everyday run cannot afford; no other block may build on a marked one:
+on the line above marks a block that the everyday run cannot afford; only marked blocks may build on a marked one:
 
     <!-- test: slow -->  runs with `pytest -m slow`
     <!-- test: hub -->   needs the network: only its imports, attributes, arguments and options are checked
 """
 
 import ast
+import contextlib
 import functools
 import inspect
+import io
+import os
 import re
 import shlex
 import subprocess
@@ -20,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from worldvla_libero.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -102,21 +107,70 @@ def run_shell(block: Block, folder: Path) -> None:
     for command in filter(None, (shlex.join(shlex.split(line, comments=True)) for line in lines)):
         worldvla = re.match(r"(?:uv run )?worldvla\b(.*)", command)
         script = re.match(r"(?:uv run )?python (\S+\.py)", command)
+        shell = re.match(r"(?:env .* )?bash (examples/\S+\.sh)", command)
+        launch = re.match(r"accelerate launch (.*) -m worldvla_libero.cli (\w+) (.*)", command)
         if worldvla:
             arguments = shlex.split(worldvla[1])
             options = [word.split("=")[0] for word in arguments if word.startswith("--")]
-            if block.mark == "hub":
-                arguments = [*arguments[:1], "--help"]
-            program = [Path(sys.executable).parent / "worldvla", *arguments]
-            done = subprocess.run(program, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-            assert done.returncode == 0, f"{block}: {command}\n{done.stdout}\n{done.stderr}"
-            if block.mark == "hub":
-                unknown = [option for option in options if option not in done.stdout]
+            if block.mark != "hub":
+                run_command(["worldvla", *arguments], block, folder)
+            else:
+                told = help_of("worldvla", *arguments[:1])
+                unknown = [option for option in options if option not in told]
                 assert not unknown, f"{block}: {command}: no such options: {unknown}"
+        elif shell and block.mark:
+            check = ["bash", "-n", str(ROOT / shell[1])] if block.mark == "hub" else ["bash", "-c", command]
+            run_command(check, block, folder)
+        elif launch and block.mark == "hub":
+            given = {"launch": launch[1], launch[2]: launch[3]}
+            for name, program in (("launch", ["accelerate", "launch"]), (launch[2], ["worldvla", launch[2]])):
+                told = help_of(*program)
+                options = [option.replace("_", "-") for option in re.findall(r"--[\w-]+", given[name])]
+                unknown = [option for option in options if option not in told.replace("_", "-")]
+                assert not unknown, f"{block}: {command}: no such options: {unknown}"
+            for file in re.findall(r"examples/\S+", launch[1]):
+                assert (ROOT / file).is_file(), f"{block}: {command}: no such file"
         elif script:
             assert (ROOT / script[1]).is_file(), f"{block}: {command}: no such file"
         else:
             assert NOT_RUN.match(command), f"{block}: {command}: no test runs or knows this command"
+
+
+# The main job is shown as its user starts it, and training settles for a whole process how it computes.
+OF_THEIR_OWN = {"demo", "train", "train-tokenizer"}
+
+
+def run_command(command: list[str], block: Block | str, folder: Path) -> str:
+    if command[0] == "worldvla" and ({"--help", "--list"} & {*command} or not OF_THEIR_OWN & {*command[1:2]}):
+        return run_here(command, block)
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PATH": programs},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{block}: {shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def run_here(command: list[str], block: Block | str) -> str:
+    """In this process, which has paid for the imports."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            code = main(command[1:])
+        except SystemExit as ended:  # after --help, and where an argument is not understood
+            code = ended.code
+    assert not code, f"{block}: {shlex.join(command)}\n{printed.getvalue()}"
+    return printed.getvalue()
+
+
+@functools.cache
+def help_of(*program: str) -> str:
+    return run_command([*program, "--help"], "--help", ROOT)
 
 
 TESTED = [block for page in PAGES for block in blocks(page.relative_to(ROOT).as_posix(), page.read_text("utf-8"))]
@@ -131,6 +185,7 @@ def state_of(tmp_path_factory):
         folder = tmp_path_factory.mktemp("page")
         (folder / "tests").mkdir()
         (folder / "tests" / "fixtures").symlink_to(ROOT / "tests" / "fixtures", target_is_directory=True)
+        (folder / "examples").symlink_to(ROOT / "examples", target_is_directory=True)
         return folder, {"__name__": "__main__"}, set()
 
     return start
@@ -146,14 +201,13 @@ def state_of(tmp_path_factory):
 def test_block(block, state_of, monkeypatch):
     folder, names, done = state_of(block.page)
     monkeypatch.chdir(folder)
-    if not block.is_python:
-        return run_shell(block, folder)
-    # Chosen alone, as by -k or -m slow, a block still finds what those before it have made.
+    # Chosen alone, as by -k or -m slow, a block still finds what the Python before it has made.
     before = [b for b in TESTED if b.page == block.page and b.is_python and not b.mark and b.number < block.number]
-    for step in [b for b in (*before, block) if b not in done]:
+    for step in [b for b in (*before, block) if b not in done and b.is_python]:
         run_python(step, names)
         done.add(step)
-    return None
+    if not block.is_python:
+        run_shell(block, folder)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

@@ -1,8 +1,11 @@
 """What several files of tests need: a simulator, which takes seconds to build, and made-up token data sets."""
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,6 +14,9 @@ from worldvla_libero.shards import RECORD_FILE, TokenEpisode, fingerprint_of, wr
 from worldvla_libero.simulator import Simulator
 from worldvla_libero.suites import load_suite
 from worldvla_tokenizers import ActionTokenizer
+
+# Read when Ray is imported: under `uv run` each actor would otherwise run in an environment made anew for it.
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +60,24 @@ def episodes() -> Callable[..., list[TokenEpisode]]:
 @pytest.fixture
 def data_set() -> Callable[..., Path]:
     return make_data_set
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[ModuleType]:
+    """Ray, on a cluster of two nodes of a core each that ends with the file of tests."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # what the tests' own modules need
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        try:
+            cluster.add_node(num_cpus=1)
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            yield ray
+        finally:
+            ray.shutdown()
+            cluster.shutdown()

@@ -8,7 +8,7 @@ import av
 import pytest
 from PIL import Image
 
-from worldvla_libero import cli
+from worldvla_libero import cli, cli_model
 from worldvla_libero.doctor import rendering
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "published"
@@ -39,7 +39,7 @@ def test_help_is_fast_because_nothing_heavy_is_imported():
     ("arguments", "message"),
     [
         (["demo", "--suite", "libero_gaol"], "UnknownNameError: unknown suite 'libero_gaol' (did you mean"),
-        (["demo", "--task", "11"], "UnknownNameError: task 11 of libero_goal; allowed: 0 … 9"),
+        (["demo", "--task", "11"], "UnknownNameError: task 11 of libero_object; allowed: 0 … 9"),
         (["evaluate", "libero_goal", "--out", "o", "--protocol", "lerobo"], "did you mean 'lerobot'"),
         (["convert", "nowhere", "target"], "nowhere"),
         (["convert", "a", "b", "--to", "published", "--trust-pickle"], "do not go with --to published"),
@@ -68,7 +68,7 @@ def test_unparsable_arguments_exit_2(capsys):
 
 
 def test_a_missing_default_model_names_the_remedy(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "default_model_path", lambda: tmp_path)
+    monkeypatch.setattr(cli_model, "default_model_path", lambda: tmp_path)
     assert cli.main(["demo"]) == cli.EXIT_USAGE
     assert "remedy: reinstall worldvla-libero, or pass --model" in capsys.readouterr().err
 
@@ -125,10 +125,12 @@ def test_demo_needs_no_network_and_leaves_the_home_untouched(tmp_path):
     assert list(home.rglob("*")) == []
     assert sorted(file.name for file in out.iterdir()) == ["demo.json", "demo.mp4", "demo.png"]
     numbers = json.loads((out / "demo.json").read_text())
-    assert numbers["task"]["instruction"] == "open the middle drawer of the cabinet"
-    assert numbers["model"]["stand_in"] is True
+    assert numbers["task"]["instruction"] == "pick up the alphabet soup and place it in the basket"
+    assert numbers["model"]["image_size"] == [128, 128]
+    for took in numbers["decoding"].values():
+        assert took["passes"] < took["passes_one_by_one"]
     assert numbers["steps"] == len(numbers["actions"]) == len(numbers["psnr_imagined_vs_true_db"]) == 6
-    assert all(5 < psnr < 60 for psnr in numbers["psnr_imagined_vs_true_db"].values())
+    assert all(20 < psnr < 60 for psnr in numbers["psnr_imagined_vs_true_db"].values())
     with av.open(str(out / "demo.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == 6
     with Image.open(out / "demo.png") as picture:
@@ -152,9 +154,11 @@ def test_evaluate_reports_and_exits_by_outcome(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "failure libero_goal/0 episode 0: 5 steps" in printed
     assert "0.0 % (0/1)" in printed
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["protocol"]["image_size"] == 128
-    assert cli.main(arguments) == cli.EXIT_USAGE  # the record is there already
-    assert "RecordExistsError" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "eval_info.json").read_text())["protocol"]["image_size"] == 128
+    assert cli.main(arguments) == cli.EXIT_OK  # reads what is there
+    assert capsys.readouterr().out == printed
+    assert cli.main([*arguments, "--episodes", "2"]) == cli.EXIT_USAGE
+    assert "begun with other settings (episodes was 1, now 2)" in capsys.readouterr().err
 
 
 def test_convert_writes_a_folder_that_works_alone_and_back(tmp_path):
@@ -186,3 +190,65 @@ def test_convert_takes_tokenizers_alone_and_unpickles_only_when_told(tmp_path, c
     assert cli.main(["convert", str(source), str(target), "--trust-pickle"]) == cli.EXIT_OK
     assert ImageTokenizer.from_pretrained(target).vqgan.config.n_embed == 8192
     assert TextTokenizer.from_pretrained(target).encode("put the bowl on the plate")
+
+
+def test_recipes_are_listed(capsys):
+    assert cli.main(["train", "--list"]) == cli.EXIT_OK
+    printed = capsys.readouterr().out
+    for name in (
+        "nano",
+        "table2-512-long",
+        "table3-row5-goal",
+        "table6-pretrained-spatial",
+        "figure7-video-object",
+    ):
+        assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--recipe", "nanoo"], "RecipeError: no recipe 'nanoo'; like it: nano"),
+        (
+            ["train", "--recipe=table3-row5-goal"],
+            "needs --data, frames of 256 px of libero_goal: worldvla prepare",
+        ),
+        (["train-tokenizer", "x", "--recipe", "table3"], "for image tokenizers; existing: nano, published"),
+        (["train-tokenizer", "nowhere"], "nowhere"),
+    ],
+)
+def test_training_says_what_is_wrong_in_one_line(arguments, message, capsys):
+    assert cli.main(arguments) == cli.EXIT_USAGE
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "told"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False}, [], True),
+        ({"architecture": "x86_64", "avx512_bf16": False}, ["--precision", "fp32"], False),
+        ({"architecture": "x86_64", "avx512_bf16": True}, [], False),
+        ({"architecture": "aarch64"}, [], False),
+    ],
+)
+def test_training_tells_of_a_cpu_that_is_slow_in_bf16(machine, options, told, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: machine, raising=False)
+    assert cli.main(["train", "--cpu", "--data", "nowhere", *options]) == cli.EXIT_USAGE
+    assert ("no instructions for bf16" in capsys.readouterr().out) == told
+
+
+def test_every_field_of_a_recipe_is_an_option(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--recipe", "table3-row3-long", "--help"])
+    printed = capsys.readouterr().out
+    for shown in (
+        "--chunk INT",
+        "(default: 10)",
+        "--attention",
+        "(default: causal)",
+        "--layers INT",
+        "--keep INT",
+    ):
+        assert shown in printed

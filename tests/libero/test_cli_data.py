@@ -79,7 +79,7 @@ def rows(printed: str) -> list[list[str]]:
 # Usage
 
 
-@pytest.mark.parametrize("command", ["collect", "replay", "prepare"])
+@pytest.mark.parametrize("command", ["collect", "replay", "prepare", "imagine"])
 def test_help_names_and_explains_all_options(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")  # beyond, options stand side by side
     with pytest.raises(SystemExit) as caught:
@@ -220,7 +220,7 @@ def test_prepare_hands_every_option_on(source, tiny, tmp_path, monkeypatch):
     assert cli.main(["prepare", str(SO101), "--action-key", "observation.state", "--camera", SIDE]) == cli.EXIT_OK
     planned, _, place, settings, _ = calls[1]
     assert (planned.source.action_key, planned.camera) == ("observation.state", SIDE)
-    assert (place, settings.image_size, settings.replay.image_size) == (default_model_path(), 256, 256)
+    assert (place, settings.image_size, settings.replay.image_size) == (default_model_path(), 128, 128)
 
 
 SIDE = "observation.images.side"

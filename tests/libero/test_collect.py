@@ -216,7 +216,7 @@ def test_a_demonstrator_goes_from_task_to_task_and_travels_without_its_simulator
     demonstrator._simulator.close()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_collection_killed_twenty_times_leaves_the_bytes_of_an_undisturbed_one(tmp_path, work):
     """Acceptance: SIGKILL of the whole process group, at random moments of the run."""
     command = [str(Path(sys.executable).with_name("worldvla")), "collect", "libero_object"]

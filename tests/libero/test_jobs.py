@@ -344,6 +344,7 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path, jobs):
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.campaign
 def test_a_job_killed_twenty_times_leaves_what_an_undisturbed_one_does(tmp_path, jobs):
     command = [sys.executable, str(HERE / "job_work.py")]
     found = jobs.kill_at_random(command, tmp_path, DONE, ".txt", kills=20, seed=0, log=tmp_path / "log", after=0.4)
@@ -388,28 +389,16 @@ job_work.complete(Path({str(out)!r}), {items})
 # Ray
 
 
-@pytest.fixture(scope="module")
-def ray() -> Iterator[ModuleType]:
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(HERE))
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        yield ray
-        ray.shutdown()
-
-
 @pytest.mark.slow
-def test_ray_gives_the_same_bytes(tmp_path, jobs, whole, ray):
+@pytest.mark.usefixtures("ray")
+def test_ray_gives_the_same_bytes(tmp_path, jobs, whole):
     jobs.complete(tmp_path / "out", jobs.numbered(12), workers=2, executor="ray")
     assert jobs.files(tmp_path / "out") == whole
 
 
 @pytest.mark.slow
-def test_ray_does_what_is_left(tmp_path, jobs, whole, ray):
+@pytest.mark.usefixtures("ray")
+def test_ray_does_what_is_left(tmp_path, jobs, whole):
     with Job(tmp_path, DONE, {"of": "letters"}) as job:
         some = dict(list(jobs.numbered(12).items())[:5])
         job.run(some, jobs.describe, jobs.store, suffix=".txt")
@@ -429,7 +418,8 @@ def test_ray_does_what_is_left(tmp_path, jobs, whole, ray):
 
 
 @pytest.mark.slow
-def test_failures_on_ray_are_those_of_here(tmp_path, jobs, whole, ray):
+@pytest.mark.usefixtures("ray")
+def test_failures_on_ray_are_those_of_here(tmp_path, jobs, whole):
     def fails(error: type[Exception], message: str, *args: object, **options: object) -> None:
         with pytest.raises(error, match=message) as caught:
             jobs.complete(tmp_path / "out", jobs.numbered(12), *args, executor="ray", **options)
@@ -450,8 +440,9 @@ def test_failures_on_ray_are_those_of_here(tmp_path, jobs, whole, ray):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray")
 @pytest.mark.parametrize("times", [1, 99])
-def test_an_item_that_kills_its_worker_is_tried_twice_on_ray(tmp_path, jobs, whole, ray, times):
+def test_an_item_that_kills_its_worker_is_tried_twice_on_ray(tmp_path, jobs, whole, times):
     kills, out, items = tmp_path / "kills", tmp_path / "out", jobs.numbered(12)
     kills.mkdir()
     with Job(out, DONE, {"of": "letters"}) as job:

@@ -19,9 +19,10 @@ from worldvla_libero.episodes import Episode, EpisodeError, Reason, spread
 from worldvla_libero.hdf5 import HDF5Source
 from worldvla_libero.jobs import WORK_FOLDER, JobError, StorageError
 from worldvla_libero.lerobot import LeRobotSource
+from worldvla_libero.protocols import OPENVLA
 from worldvla_libero.replay import RECORD_FILE, Replayer, ReplaySettings, replay
 from worldvla_libero.simulator import NO_MOTION, Simulator
-from worldvla_libero.suites import OPENVLA, load_suite
+from worldvla_libero.suites import load_suite
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "demos" / "libero_object"
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"

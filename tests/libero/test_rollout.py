@@ -3,9 +3,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from worldvla_libero.rollout import Observation, PolicyError, rollout
-from worldvla_libero.simulator import InvalidActionError, StepResult
-from worldvla_libero.suites import OPENVLA, load_suite
+from worldvla_libero.policies import WRIST, Observation
+from worldvla_libero.protocols import OPENVLA
+from worldvla_libero.rollout import PolicyError, rollout
+from worldvla_libero.simulator import InvalidActionError, Simulator, StepResult
+from worldvla_libero.suites import load_suite
 
 
 @dataclass
@@ -28,9 +30,9 @@ class Numbered:
     task = load_suite("libero_goal").task(0)
     protocol = OPENVLA
 
-    def reset(self, initial_state=0, *, seed=None):
+    def reset(self, initial_state=0, *, seed=None, observe=True):
         self.actions = []
-        return StepResult(success=False, step=0, frames=self._frames())
+        return StepResult(success=False, step=0, frames=self._frames() if observe else {})
 
     def step(self, action, *, observe):
         self.actions.append(action)
@@ -91,6 +93,24 @@ def test_rendering_less_changes_no_frame_and_no_motion(simulator):
     for observation, other in zip(seen, seen_all, strict=True):
         np.testing.assert_array_equal(observation.images, other.images)
         np.testing.assert_array_equal(observation.images[-1], every[observation.step])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
+def test_query_frames_are_those_of_a_simulator_that_renders_everything(suite):
+    for index in range(0, 10, 2):
+        task = load_suite(suite).task(index)
+        runs = []
+        for cameras, stride in ((("agentview",), 0), (("agentview", WRIST), 1)):
+            with Simulator(task, image_size=128, cameras=cameras) as simulator:
+                policy = Scripted(2, [5, 10])
+                rollout(policy, simulator, initial_state=index, seed=7, max_steps=60, frame_stride=stride)
+                runs.append((policy.seen, simulator.state))
+        (seen, state), (seen_all, state_all) = runs
+        assert [observation.step for observation in seen] == [0, 5, 15, 20, 30, 35, 45, 50]
+        np.testing.assert_array_equal(state, state_all)
+        for observation, other in zip(seen, seen_all, strict=True):
+            np.testing.assert_array_equal(observation.images, other.images)
 
 
 def test_success_ends_an_episode(simulator):

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from worldvla_libero.libero_files import InitialStateError
+from worldvla_libero.protocols import OPENVLA
 from worldvla_libero.simulator import (
     NO_MOTION,
     InvalidActionError,
@@ -15,7 +17,7 @@ from worldvla_libero.simulator import (
     SimulatorError,
     check_actions,
 )
-from worldvla_libero.suites import OPENVLA, InitialStateError, load_suite
+from worldvla_libero.suites import load_suite
 
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (8, 7))
 

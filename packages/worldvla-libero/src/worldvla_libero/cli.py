@@ -5,61 +5,33 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from worldvla_libero import default_model_path
 from worldvla_libero.cli_data import collect, prepare, replay
+from worldvla_libero.cli_model import Flat, ModelOptions, load_model
+from worldvla_libero.cli_report import report
+from worldvla_libero.cli_world import imagine
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from worldvla_libero.demo import DemoModel
-    from worldvla_libero.evaluation import EpisodeRecord, EvaluationResult
+    from worldvla_libero.records import EpisodeRecord, EvaluationResult
+    from worldvla_model import WorldVLA
 
 DEBUG_VARIABLE = "WORLDVLA_DEBUG"
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130  # 130: as shells report Ctrl-C
 
 
-class MissingModelError(FileNotFoundError):
-    """The model that comes with the package is not there."""
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model, and how to load it.
-
-    Attributes:
-        model: Folder or Hub repository; by default the model that comes with the package.
-        tokenizers: Folder or Hub repository of the tokenizers, where they are not with the model.
-        image_size: Size in pixels at which images are tokenized, where not as saved.
-        device: Such as cuda or cpu; by default a GPU if there is one.
-        dtype: Such as bfloat16; by default as stored.
-        revision: Branch, tag or commit on the Hub.
-        subfolder: Folder inside the repository, such as model_256/libero_goal.
-    """
-
-    model: str | None = None
-    tokenizers: str | None = None
-    image_size: int | None = None
-    device: str | None = None
-    dtype: str = "auto"
-    revision: str | None = None
-    subfolder: str | None = None
-
-
-Flat = tyro.conf.OmitArgPrefixes
-
-
 def demo(
     out: Path = Path("worldvla-demo"),
-    suite: str = "libero_goal",
+    suite: str = "libero_object",
     task: str = "0",
-    steps: int = 30,
+    steps: int = 150,
     model: Annotated[ModelOptions, Flat] = ModelOptions(),
 ) -> int:
     """Let a model drive one real LIBERO task and imagine the frames to come; write a picture and a video.
@@ -68,7 +40,7 @@ def demo(
         out: Folder for demo.png, demo.mp4 and demo.json.
         suite: Suite of the task.
         task: Index, name or instruction of the task.
-        steps: Control steps to drive, at 20 a second.
+        steps: Control steps to drive, at 20 a second; fewer if the goal is reached.
         model: Which model, and how to load it.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -87,7 +59,7 @@ def demo(
         console=console,
     ) as bars:
         loading = bars.add_task("loading", total=1)
-        loaded = _load_model(model)
+        agent, name = load_model(model)
         bars.update(loading, completed=1)
         phases: dict[str, Any] = {}
 
@@ -96,23 +68,31 @@ def demo(
                 phases[phase] = bars.add_task(phase)
             bars.update(phases[phase], completed=done, total=total)
 
-        numbers = run_demo(loaded, chosen, out, steps=steps, progress=show)
+        numbers = run_demo(agent, chosen, out, name=name, steps=steps, progress=show)
     told = "reached the goal" if numbers["success"] else "did not reach the goal"
     console.print(
-        f"{loaded.name} {told} of “{chosen.language}” in {numbers['steps']} steps.", highlight=False, markup=False
+        f"{name} {told} of “{chosen.language}” in {numbers['steps']} steps.", highlight=False, markup=False
     )
-    for name, content in (
+    for what, took in numbers["decoding"].items():
+        console.print(
+            f"A {what}: {took['passes']} passes, {1e3 * took['seconds']:.0f} ms; one token after the other "
+            f"{took['passes_one_by_one']} passes, {1e3 * took['seconds_one_by_one']:.0f} ms.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for file, content in (
         (FIGURE_FILE, "true and imagined frames, actions"),
         (VIDEO_FILE, "true next frame beside the imagined one"),
         (NUMBERS_FILE, "actions, PSNR, seconds, versions"),
     ):
-        console.print(Text.assemble(f"  {out / name}  ", (content, "dim")))
+        console.print(Text.assemble(f"  {out / file}  ", (content, "dim")))
     return EXIT_OK
 
 
 def evaluate(
     suite: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE")],
     out: Path = Path("worldvla-eval"),
+    policy: str = "model",
     tasks: tuple[str, ...] = (),
     episodes: int | None = None,
     protocol: str = "openvla",
@@ -122,38 +102,66 @@ def evaluate(
     video_stride: int = 1,
     published_instructions: bool = False,
     strict: bool = False,
+    retry_errors: bool = False,
+    workers: int = 1,
+    executor: Literal["local", "ray"] = "local",
+    batch_size: int = 32,
+    time_limit: float = 600.0,
     model: Annotated[ModelOptions, Flat] = ModelOptions(),
 ) -> int:
-    """Run episodes of a suite and count successes. Exits with 1 if the policy raised in any episode.
+    """Run episodes of a suite and count successes. Exits with 1 if an episode ended in an error.
+
+    Interrupted, the same command goes on.
 
     Args:
-        suite: Suite, such as libero_goal.
-        out: Folder for episodes.jsonl, results.json and videos; must not hold an evaluation yet.
+        suite: Suite, such as libero_goal; libero_goal_lan, _object, _swap or _task for LIBERO-PRO's, in which
+            words, objects, places or goal are changed; a wrong name lists all.
+        out: Folder for episodes.jsonl, eval_info.json, videos and last frames.
+        policy: model; random, whose actions mean nothing; expert, the script that demonstrates the task; or the
+            address of a policy server, such as ws://localhost:8000.
         tasks: Indices, names or instructions; by default all of the suite.
         episodes: Per task; by default the protocol's.
         protocol: openvla (as in the paper) or lerobot: step limits, seeds, image size.
         max_steps: Step limit, in place of the protocol's.
-        render_size: Size in pixels of the camera image, in place of the protocol's.
+        render_size: Size in pixels of the camera image; by default the protocol's, of which openvla renders at the
+            size that the model sees (256 or 512 for the paper's).
         num_actions: Length of the action chunks, in place of the model's.
         video_stride: Record every n-th simulator step; 0 for no videos.
         published_instructions: Give the instructions that published LIBERO-10 weights were trained on.
-        strict: Stop at the first episode in which the policy raises.
+        strict: Stop at the first episode that ends in an error.
+        retry_errors: Run episodes again that ended in an error before.
+        workers: Processes that simulate, a core each; 0 to simulate in this one.
+        executor: Ray runs workers on a cluster; all nodes need the output folder at the same path.
+        batch_size: Observations that the policy is given at once, at most.
+        time_limit: Seconds that a simulator or the policy may take for one answer.
         model: Which model, and how to load it.
     """
-    from worldvla_libero.evaluation import RESULTS_FILE
     from worldvla_libero.evaluation import evaluate as run_evaluation
-    from worldvla_libero.rollout import ModelPolicy
-    from worldvla_libero.suites import find_protocol, load_suite
+    from worldvla_libero.policies import open_policy
+    from worldvla_libero.protocols import OPENVLA, find_protocol
+    from worldvla_libero.records import RESULTS_FILE
+    from worldvla_libero.suites import load_suite
+    from worldvla_libero.websocket_policy import WebsocketPolicy
 
     found = load_suite(suite)
     chosen = [found.task(key) for key in tasks] or list(found.tasks)
     preset = find_protocol(protocol)
     if max_steps is not None:
         preset = replace(preset, max_steps={**preset.max_steps, found.name: max_steps})
+    console = _console()
+    loaded: list[tuple[WorldVLA, str]] = []
+
+    def load() -> WorldVLA:
+        loaded.append(load_model(model))
+        return loaded[0][0]
+
+    driver = open_policy(policy, load_model=load, num_actions=num_actions)
+    if isinstance(driver, WebsocketPolicy):
+        console.print(f"policy server: {driver.metadata}", markup=False)  # a wrong address is told now
+    if render_size is None and preset.name == OPENVLA.name and loaded:
+        render_size = loaded[0][0].processor.image_size
     if render_size is not None:
         preset = replace(preset, image_size=render_size)
-    console = _console()
-    loaded = _load_model(model)
     total = len(chosen) * (preset.episodes_per_task if episodes is None else episodes)
     done: list[EpisodeRecord] = []
 
@@ -169,18 +177,25 @@ def evaluate(
             console.print(f"  {record.error['type']}: {record.error['message']}", style="red", markup=False)
 
     result = run_evaluation(
-        ModelPolicy(loaded.agent, num_actions=num_actions),
+        driver,
         chosen,
         out,
         protocol=preset,
         episodes=episodes,
-        policy_name=loaded.name,
+        policy_name=loaded[0][1] if loaded else policy,
         video_stride=video_stride,
         published_instructions=published_instructions,
         strict=strict,
+        retry_errors=retry_errors,
+        workers=workers,
+        executor=executor,
+        batch_size=batch_size,
+        time_limit=time_limit,
         on_episode=show,
     )
     _print_rates(console, result)
+    for warning in result.warnings:
+        console.print(warning, style="yellow", markup=False, highlight=False)
     console.print(f"records and videos: {out / RESULTS_FILE}", highlight=False, markup=False)
     return EXIT_FAILED if result.overall.errors else EXIT_OK
 
@@ -254,12 +269,26 @@ def doctor() -> int:
     return EXIT_OK if complete else EXIT_FAILED
 
 
+def _train() -> int:
+    """Train a recipe of the paper, or one of your own."""
+    raise AssertionError("replaced in main")
+
+
+def _train_tokenizer() -> int:
+    """Fit an image tokenizer (VQ-GAN) to the frames of demonstrations."""
+    raise AssertionError("replaced in main")
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "collect": collect,
     "replay": replay,
     "prepare": prepare,
+    "train": _train,
+    "train-tokenizer": _train_tokenizer,
     "evaluate": evaluate,
+    "imagine": imagine,
+    "report": report,
     "convert": convert,
     "doctor": doctor,
 }
@@ -284,8 +313,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given or bool(os.environ.get(DEBUG_VARIABLE))
     given = [argument for argument in given if argument != "--debug"]
     try:
+        known = COMMANDS
+        if given[:1] in (["train"], ["train-tokenizer"]):
+            # Their options depend on the recipe, and their modules take long to import.
+            from worldvla_libero.cli_train import commands
+
+            known = {**COMMANDS, **commands(given)}
         return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
+            known,
             prog="worldvla",
             description="A model that acts and imagines, on LIBERO. Every command takes --debug for tracebacks.",
             args=given,
@@ -304,35 +339,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE if isinstance(error, ValueError | FileNotFoundError | FileExistsError) else EXIT_FAILED
 
 
-def _load_model(options: ModelOptions) -> DemoModel:
-    from transformers.utils import logging
-
-    from worldvla_libero.demo import DemoModel, is_stand_in
-    from worldvla_model import WorldVLA
-
-    logging.disable_progress_bar()  # ours is on screen
-    if options.model is None and not (default_model_path() / "config.json").is_file():
-        raise MissingModelError(
-            f"no default model in {default_model_path()}; remedy: reinstall worldvla-libero, or pass --model"
-        )
-    place = default_model_path() if options.model is None else options.model
-    agent = WorldVLA.from_pretrained(
-        place,
-        tokenizers=options.tokenizers,
-        image_size=options.image_size,
-        dtype=options.dtype,
-        device=options.device,
-        revision=options.revision,
-        subfolder=options.subfolder,
-    )
-    name = "the default model" if options.model is None else options.model
-    return DemoModel(agent, name, is_stand_in(Path(place)))
-
-
 def _print_rates(console: Console, result: EvaluationResult) -> None:
     from rich.table import Table
 
-    from worldvla_libero.evaluation import SuccessRate
+    from worldvla_libero.records import SuccessRate
 
     table = Table(
         "task", "instruction", "success", "95 % interval", "errors", title=f"protocol {result.protocol.name}"

@@ -7,75 +7,51 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worldvla_libero.report import ImaginedFrame, VideoWriter, save_demo_figure, side_by_side
-from worldvla_libero.rollout import ModelPolicy, Rollout, rollout
+from worldvla_libero.figures import ImaginedFrame, save_demo_figure, side_by_side
+from worldvla_libero.policies import ModelPolicy
+from worldvla_libero.rollout import Rollout, rollout
 from worldvla_libero.simulator import Frame, Simulator
 from worldvla_libero.suites import Task
 from worldvla_libero.versions import installed_versions
+from worldvla_libero.video import VideoWriter
+from worldvla_libero.world_metrics import psnr
 from worldvla_tokenizers.files import write_text_atomic
 
 if TYPE_CHECKING:
     from worldvla_model import WorldVLA
+    from worldvla_model.decoding import Workspace
 
 FIGURE_FILE = "demo.png"
 VIDEO_FILE = "demo.mp4"
 NUMBERS_FILE = "demo.json"
 
-STAND_IN_TAG = "stand-in"
-STAND_IN_NOTE = (
-    "Stand-in model: fitted to 16 samples to check the code, its image tokenizer has random weights. "
-    "Expect noise for images, and no success."
-)
-
 Progress = Callable[[str, int, int], None]
 """Called with the phase (`driving`, `imagining`), how many steps of it are done, and how many there are."""
 
 
-@dataclass(frozen=True)
-class DemoModel:
-    """A loaded model and what the picture says about it.
-
-    Attributes:
-        agent: the model.
-        name: e.g. its folder or repository.
-        stand_in: whether it is untrained for control and says so.
-    """
-
-    agent: WorldVLA
-    name: str
-    stand_in: bool
-
-
-def is_stand_in(folder: Path) -> bool:
-    """Whether the model card in a folder (`README.md`) carries the tag `stand-in`."""
-    from huggingface_hub import ModelCard
-
-    card = folder / "README.md"
-    return card.is_file() and STAND_IN_TAG in (ModelCard.load(card).data.tags or [])
-
-
 def run_demo(
-    model: DemoModel,
+    agent: WorldVLA,
     task: Task,
     out_dir: str | os.PathLike[str],
     *,
-    steps: int = 30,
+    name: str,
+    steps: int = 150,
     columns: int = 6,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
-    """Drive the task for some chunks, imagine every next frame from the true one, write picture, video, numbers.
+    """Drive the task, imagine every next frame from the true one, write picture, video, numbers.
 
     Args:
-        model: who drives and imagines.
+        agent: who drives and imagines; the camera is rendered at the size it sees.
         task: what to do.
         out_dir: gets `demo.png`, `demo.mp4` and `demo.json`.
+        name: of the model, e.g. its folder or repository.
         steps: control steps to drive, fewer after success.
         columns: frames shown in the picture, spread over the rollout.
         progress: told how far it is.
@@ -88,19 +64,22 @@ def run_demo(
         PolicyError: the model gave no valid chunk.
         ValueError: no step or no column.
     """
+    from worldvla_model.decoding import Workspace
+
     if steps < 1 or columns < 1:
         raise ValueError(f"steps is {steps} and columns is {columns}; allowed: 1 and above")
     started = time.perf_counter()
     folder = Path(out_dir)
     progress("driving", 0, steps)
-    with Simulator(task) as simulator:
+    with Simulator(task, image_size=agent.processor.image_size) as simulator:
         control_hz = simulator.protocol.control_hz
-        run, frames = _drive(model.agent, simulator, steps, progress)
+        run, frames = _drive(agent, simulator, steps, progress)
     driven = time.perf_counter()
     imagined = []
+    workspace = Workspace(agent.model)
     for step in range(1, len(frames)):
         progress("imagining", step - 1, len(frames) - 1)
-        imagined.append(_imagine(model.agent, step, frames, run.actions))
+        imagined.append(_imagine(agent, step, frames, run.actions, workspace))
     progress("imagining", len(imagined), len(imagined))
     done = time.perf_counter()
 
@@ -112,8 +91,8 @@ def run_demo(
     save_demo_figure(
         folder / FIGURE_FILE,
         title=f"“{task.language}”",
-        subtitle=f"{task.suite}, task {task.index} · {model.name}, {size[1]} px. "
-        f"{STAND_IN_NOTE if model.stand_in else ''}",
+        subtitle=f"{task.suite}, task {task.index} · {name}, {size[1]} px · "
+        f"{'reached the goal' if run.success else 'did not reach the goal'} in {len(run.actions)} steps",
         frames=[imagined[i] for i in shown],
         actions=run.actions,
         query_steps=run.query_steps,
@@ -121,16 +100,17 @@ def run_demo(
     )
     numbers = {
         "task": {"suite": task.suite, "index": task.index, "instruction": task.language},
-        "model": {"name": model.name, "stand_in": model.stand_in, "image_size": list(size[:2])},
+        "model": {"name": name, "image_size": list(size[:2])},
         "success": run.success,
         "steps": len(run.actions),
         "queries_at_steps": list(run.query_steps),
         "actions": run.actions.tolist(),
         "psnr_imagined_vs_true_db": {str(f.step): _finite(f.psnr) for f in imagined},
         "psnr_tokenized_vs_true_db": {str(f.step): _finite(_psnr(f.tokenized, f.true)) for f in imagined},
+        "decoding": _compare_decoding(agent, frames[:2], run.actions[:1], task.language),
         "seconds": {
             "driving": driven - started,
-            "of_which_in_the_policy": run.policy_seconds,
+            "of_which_in_the_policy": sum(run.query_seconds),
             "imagining": done - driven,
             "total": time.perf_counter() - started,
         },
@@ -153,21 +133,66 @@ def _drive(agent: WorldVLA, simulator: Simulator, steps: int, progress: Progress
     return run, frames
 
 
-def _imagine(agent: WorldVLA, step: int, frames: list[Frame], actions: NDArray[np.float64]) -> ImaginedFrame:
-    imagined = agent.predict_frame([frames[step - 1]], actions[step - 1 : step])
+def _imagine(
+    agent: WorldVLA, step: int, frames: list[Frame], actions: NDArray[np.float64], workspace: Workspace
+) -> ImaginedFrame:
+    imagined = agent.predict_frame([frames[step - 1]], actions[step - 1 : step], workspace=workspace)
     codes = agent.processor.encode_images([frames[step]])[0]
     tokenized = np.asarray(agent.processor.images.decode(codes[None]))[0]
     return ImaginedFrame(step, frames[step], tokenized, imagined, _psnr(imagined, frames[step]))
 
 
+def _compare_decoding(
+    agent: WorldVLA, frames: list[Frame], actions: NDArray[np.float64], words: str
+) -> dict[str, dict[str, Any]]:
+    """A chunk and a frame as the agent decodes them, and one token after the other: passes, seconds, ids."""
+    from worldvla_model.agent import WORLD_ATTENTION
+    from worldvla_model.decoding import ChunkGrammar, Decoder, Workspace, decode_chunks, decode_frames, repeat
+    from worldvla_tokenizers import sequence
+
+    model, parts = agent.model, agent.processor
+    vocabulary, size, count = parts.vocabulary, parts.images.codebook_size, parts.settings.num_actions or 1
+    now = parts.encode_images(frames[:1])[0]
+    rows, columns = now.shape
+    frame = [*sequence.image_slots(rows, columns, vocabulary, codebook_size=size), [vocabulary.eot]]
+    draft = repeat([*sequence.image_block(now, vocabulary), vocabulary.eot])
+    grammar = ChunkGrammar(sequence.action_slots(parts.actions.dimensions, vocabulary), vocabulary.eot)
+    chunk = [*list(grammar.slots) * count, [vocabulary.eot]]
+    to_act, to_imagine = [parts.action_prompt(frames[:1], words)], [parts.world_prompt(frames[:1], actions)]
+
+    def act(workspace: Workspace) -> list[list[int]]:
+        return decode_chunks(model, to_act, grammar, num_actions=count, workspace=workspace)
+
+    def imagine(workspace: Workspace) -> list[list[int]]:
+        return decode_frames(model, to_imagine, frame, draft=draft, attention=WORLD_ATTENTION, workspace=workspace)
+
+    found = {}
+    for name, decode, (prompt,), slots, attention in (
+        (f"chunk of {count} actions", act, to_act, chunk, None),
+        ("frame", imagine, to_imagine, frame, WORLD_ATTENTION),
+    ):
+        for _ in range(2):  # the second time everything is warm
+            workspace, began = Workspace(model, prefixes=0), time.perf_counter()
+            (answer,) = decode(workspace)
+            seconds = time.perf_counter() - began
+            decoder, began = Decoder(model, prompt, attention=attention), time.perf_counter()
+            expected = [decoder.choose(slot) for slot in slots]
+            found[name] = {
+                "passes": workspace.passes,
+                "seconds": seconds,
+                "passes_one_by_one": decoder.passes,
+                "seconds_one_by_one": time.perf_counter() - began,
+                "same_ids": answer == expected,
+            }
+    return found
+
+
 def _psnr(image: NDArray[np.uint8], true: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB at the image's size, to which the true frame is averaged down."""
+    """In dB at the image's size, to which the true frame is averaged down."""
     from PIL import Image
 
-    height, width = image.shape[:2]
-    resized = np.asarray(Image.fromarray(true).resize((width, height), Image.Resampling.BOX))
-    error = np.square(image.astype(np.float64) - resized).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    size = image.shape[1], image.shape[0]
+    return psnr(image, np.asarray(Image.fromarray(true).resize(size, Image.Resampling.BOX)))
 
 
 def _finite(value: float) -> float | None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from worldvla_libero import default_model_path
-from worldvla_libero.suites import SUITES, LiberoNotInstalledError, libero_root, load_suite
+from worldvla_libero.libero_files import LiberoNotInstalledError, libero_root
+from worldvla_libero.suites import SUITES, load_suite
 from worldvla_libero.versions import installed_versions
 
 # Success rates shift with the physics: the published ones were measured with these.

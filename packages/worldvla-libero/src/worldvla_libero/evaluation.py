@@ -1,139 +1,31 @@
-"""Evaluation: episodes over tasks, a record of each, and success rates."""
+"""Evaluation: a policy drives episodes over tasks; what happened is kept as it happens."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+import pickle
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from worldvla_libero.report import VideoWriter
-from worldvla_libero.rollout import Policy, PolicyError, rollout
-from worldvla_libero.simulator import Frame, Simulator
-from worldvla_libero.suites import OPENVLA, EvaluationProtocol, InitialStateError, Task
+from worldvla_libero.episode_runner import EpisodeError, EpisodePlan, EpisodeRunner
+from worldvla_libero.fleet import run_episodes
+from worldvla_libero.jobs import Executor, Job
+from worldvla_libero.libero_files import InitialStateError
+from worldvla_libero.policies import EpisodicPolicy, Needs, Policy
+from worldvla_libero.pools import HerePool, open_pool
+from worldvla_libero.protocols import OPENVLA, EvaluationProtocol
+from worldvla_libero.records import RESULTS_FILE, EpisodeLog, EpisodeRecord, EvaluationResult
+from worldvla_libero.rendering import prepare_process
+from worldvla_libero.run_files import RunError
+from worldvla_libero.suites import Task
 from worldvla_libero.versions import installed_versions
-from worldvla_tokenizers.files import write_text_atomic
-
-EPISODES_FILE = "episodes.jsonl"
-RESULTS_FILE = "results.json"
 
 
-class RecordExistsError(FileExistsError):
-    """The output folder already holds an evaluation."""
-
-
-@dataclass(frozen=True)
-class EpisodeRecord:
-    """One line of `episodes.jsonl`.
-
-    Attributes:
-        outcome: `success`, `failure` (the step limit was reached) or `error` (the policy raised).
-        error: type, message and traceback of what the policy raised; None otherwise.
-        policy_seconds: wall-clock time in the policy's answers.
-        video: file name beside the record; None when none was asked for.
-    """
-
-    suite: str
-    task: int
-    task_name: str
-    instruction: str
-    protocol: str
-    episode: int
-    initial_state: int
-    seed: int
-    outcome: Literal["success", "failure", "error"]
-    steps: int
-    queries: int
-    seconds: float
-    policy_seconds: float
-    error: dict[str, str] | None
-    video: str | None
-    versions: dict[str, str] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class SuccessRate:
-    """Successes among the episodes that ran to their end; those the policy broke off are counted apart.
-
-    Attributes:
-        successes: episodes that reached the goal.
-        episodes: episodes that ran to their end.
-        errors: episodes in which the policy raised. The rate says little unless this is 0.
-    """
-
-    successes: int
-    episodes: int
-    errors: int
-
-    @classmethod
-    def of(cls, records: Iterable[EpisodeRecord]) -> SuccessRate:
-        """Count records."""
-        outcomes = [record.outcome for record in records]
-        errors = outcomes.count("error")
-        return cls(outcomes.count("success"), len(outcomes) - errors, errors)
-
-    @property
-    def rate(self) -> float | None:
-        """Between 0 and 1; None when no episode ran to its end."""
-        return self.successes / self.episodes if self.episodes else None
-
-    def interval(self, z: float = 1.959963984540054) -> tuple[float, float]:
-        """Wilson's score interval of the rate; 95 % by default, the whole of [0, 1] without episodes.
-
-        Source: Wilson 1927; unlike the normal approximation it stays sensible at 0 and 1.
-        """
-        if not self.episodes:
-            return 0.0, 1.0
-        n, p = self.episodes, self.successes / self.episodes
-        centre = p + z * z / (2 * n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        scale = 1 + z * z / n
-        return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"success_rate": self.rate, "wilson_95": list(self.interval())}
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """All episodes of an evaluation, in the order they were run."""
-
-    policy: str
-    protocol: EvaluationProtocol
-    records: tuple[EpisodeRecord, ...]
-
-    @property
-    def overall(self) -> SuccessRate:
-        """Over all episodes."""
-        return SuccessRate.of(self.records)
-
-    @property
-    def by_task(self) -> dict[tuple[str, int], SuccessRate]:
-        """Keyed by suite and task index, in the order they were run."""
-        keys = dict.fromkeys((record.suite, record.task) for record in self.records)
-        return {key: SuccessRate.of(r for r in self.records if (r.suite, r.task) == key) for key in keys}
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: what was evaluated how, success per task and overall."""
-        instructions = {(r.suite, r.task): r.instruction for r in self.records}
-        return {
-            "policy": self.policy,
-            "protocol": asdict(self.protocol),
-            "overall": self.overall.to_dict(),
-            "tasks": [
-                {"suite": suite, "task": task, "instruction": instructions[suite, task]} | rate.to_dict()
-                for (suite, task), rate in self.by_task.items()
-            ],
-            "seconds": sum(record.seconds for record in self.records),
-            "versions": installed_versions(),
-        }
+class EvaluationError(RuntimeError):
+    """With `strict`: an episode ended in an error."""
 
 
 def evaluate(
@@ -143,150 +35,176 @@ def evaluate(
     *,
     protocol: EvaluationProtocol = OPENVLA,
     episodes: int | None = None,
-    policy_name: str = "",
+    policy_name: str | None = None,
     video_stride: int = 1,
     published_instructions: bool = False,
     strict: bool = False,
+    retry_errors: bool = False,
+    workers: int = 0,
+    executor: Executor = "local",
+    batch_size: int = 32,
+    time_limit: float = 600.0,
     on_episode: Callable[[EpisodeRecord], None] | None = None,
 ) -> EvaluationResult:
-    """Evaluate a policy on tasks, one episode after the other.
+    """Evaluate a policy on tasks. Interrupted, the same call goes on; ended, it reads what was found.
 
     Args:
-        policy: who drives.
+        policy: who drives. It answers in this process, with `act_batch` for several at once; an `EpisodicPolicy`
+            is copied into every worker instead.
         tasks: of one or several suites.
-        out_dir: gets `episodes.jsonl` (a line as soon as an episode has ended), `results.json` (at the end) and
-            `videos/`.
+        out_dir: gets `episodes.jsonl` (a line as soon as an episode has ended), `eval_info.json` (at the end),
+            `frames/` (the last one of each episode that did not reach its goal) and `videos/`.
         protocol: step limits, seeds, settling, image size; a preset or one with numbers replaced.
         episodes: per task; default the protocol's.
-        policy_name: how the results call the policy.
+        policy_name: how the results call the policy; default its class. A run is gone on with by the same name
+            only, and the same `identity` where the policy has one (see `Policy`).
         video_stride: record every n-th simulator step; 0 for no videos. Recording renders frames that nobody
             else needs: with chunks of 5 and 2 images of history, every step costs 2.5 times the rendering.
         published_instructions: give the instructions the published models were trained on, which for LIBERO-10
             and -90 are not those they were evaluated with.
-        strict: raise what the policy raised once the episode is recorded, instead of going on.
-        on_episode: called with each record.
+        strict: raise at the first episode that ends in an error, once it is recorded.
+        retry_errors: run episodes again that ended in an error before; their records go to `retried.jsonl`.
+        workers: processes that simulate; 0 for this one, which nothing can save if the simulator hangs or dies.
+        executor: `local`, or `ray` for workers on the cluster that `ray.init` finds; every node needs `out_dir`
+            at the same path.
+        batch_size: observations that the policy is given at once, at most.
+        time_limit: seconds that a simulator or the policy may take for one answer.
+        on_episode: called with each record, those of an interrupted run first.
 
     Returns:
-        All records; `results.json` is written.
+        All records; `eval_info.json` is written.
 
     Raises:
-        RecordExistsError: `out_dir` already holds an evaluation.
+        JobError: `out_dir` holds something else, an evaluation with other settings, or one that is running.
+        RunError: a line of `episodes.jsonl` is no record, or an evaluation that has ended lacks some.
+        MissingFilesError: LIBERO does not bring what a task's scene is made of.
         InitialStateError: more episodes than a task has fixed initial states.
-        PolicyError: with `strict` only.
-        SimulatorError: the simulator failed; the records so far are on disk.
-        ValueError: a number out of range.
+        EvaluationError: with `strict` only.
+        PolicyTimeLimitError: the policy hangs.
+        WorkerStartError: no worker process can start.
+        RenderingError: workers have no OpenGL to render with.
+        StorageError: something cannot be written, for instance because the disk is full.
+        ValueError: a number out of range, or an `EpisodicPolicy` that cannot be copied into workers.
     """
     count = protocol.episodes_per_task if episodes is None else episodes
-    if count < 1:
-        raise ValueError(f"episodes is {count}; allowed: 1 and above")
-    if video_stride < 0:
-        raise ValueError(f"video_stride is {video_stride}; allowed: 0 (no videos) and above")
-    for task in tasks:
-        protocol.step_limit(task)  # fail now, not after hours
-        if count > task.num_initial_states:
-            raise InitialStateError(
-                f"episodes is {count}; {task} has {task.num_initial_states} fixed initial states, one per episode"
+    for name, value, least in (
+        ("episodes", count, 1),
+        ("video_stride", video_stride, 0),
+        ("batch_size", batch_size, 1),
+        ("workers", workers, 1 if executor == "ray" else 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; allowed: {least} and above")
+    if not time_limit > 0:
+        raise ValueError(f"time_limit is {time_limit}; allowed: above 0")
+    if workers and isinstance(policy, EpisodicPolicy):
+        _check_copy(policy)
+    name = type(policy).__name__ if policy_name is None else policy_name
+    identity = dict(getattr(policy, "identity", {}))
+    folder = Path(out_dir).absolute()
+    plans = {
+        plan.key: plan
+        for task in tasks
+        for plan in _plans(task, policy, protocol, count, folder, video_stride, published_instructions)
+    }
+    settings = {
+        "policy": name,
+        "policy_identity": identity,
+        "protocol": asdict(protocol),
+        "tasks": [f"{task.suite}/{task.name}" for task in tasks],
+        "episodes": count,
+        "published_instructions": published_instructions,
+        "video_stride": video_stride,
+    }
+    prepare_process()  # before workers start, which would each make what they then find here
+    job: Job[Any, Any] = Job(folder, RESULTS_FILE, settings)
+    log = EpisodeLog(folder)
+    if retry_errors and job.ended and any(record.outcome == "error" for record in log.read()):
+        job.reopen()
+    with job:
+        if retry_errors and not job.ended:
+            log.set_errors_aside()
+        records = {record.key: record for record in log.read()}
+        for record in records.values():
+            if on_episode:
+                on_episode(record)
+        left = [plan for key, plan in plans.items() if key not in records]
+        if left and job.ended:
+            raise RunError(
+                f"{log.path} lacks {len(left)} of {len(plans)} episodes, though {RESULTS_FILE} says that all are "
+                "there: it was changed; choose another folder"
             )
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / EPISODES_FILE
-    if log.exists():
-        raise RecordExistsError(f"{log} exists; choose another output folder or delete it")
-
-    versions = installed_versions()
-    records: list[EpisodeRecord] = []
-    for task in tasks:
-        with Simulator(task, protocol) as simulator:
-            for episode in range(count):
-                record, failure = _run_recorded(
-                    policy,
-                    simulator,
-                    episode,
-                    instruction=task.published_training_language if published_instructions else task.language,
-                    folder=folder,
-                    video_stride=video_stride,
-                    versions=versions,
-                )
-                _append_line(log, json.dumps(asdict(record)))
-                records.append(record)
+        pool = open_pool(EpisodeRunner, workers, executor) if left else HerePool(EpisodeRunner)
+        versions = installed_versions()
+        with closing(
+            run_episodes(left, policy, pool, workers=workers, batch_size=batch_size, time_limit=time_limit)
+        ) as ended:
+            for plan, end, attempts in ended:
+                record = EpisodeRecord.of(plan, end, attempts, versions)
+                log.append(record)
+                records[record.key] = record
                 if on_episode:
                     on_episode(record)
-                if strict and failure:
-                    raise failure
-    result = EvaluationResult(policy_name, protocol, tuple(records))
-    write_text_atomic(folder / RESULTS_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
+                if strict and end.error:
+                    raise EvaluationError(_told(record, end.error))
+        result = EvaluationResult(
+            name, identity, protocol, published_instructions, tuple(records[key] for key in plans)
+        )
+        if not job.ended:
+            _remove_drafts(folder)
+            job.end(result.to_dict())
     return result
 
 
-def _run_recorded(
+def _check_copy(policy: Policy) -> None:
+    """Fail now, not in every worker."""
+    try:
+        pickle.dumps(policy)
+    except Exception as error:
+        raise ValueError(
+            f"{type(policy).__name__} has a method reset, so that every worker gets a copy, and cannot be copied: "
+            f"{error}; remedy: define what it holds in a module, or workers=0"
+        ) from error
+
+
+def _plans(
+    task: Task,
     policy: Policy,
-    simulator: Simulator,
-    episode: int,
-    *,
-    instruction: str,
+    protocol: EvaluationProtocol,
+    count: int,
     folder: Path,
     video_stride: int,
-    versions: dict[str, str],
-) -> tuple[EpisodeRecord, PolicyError | None]:
-    """Run episode i from the i-th initial state, with a video; the record, and the error if there was one."""
-    task, protocol = simulator.task, simulator.protocol
-    seed = protocol.episode_seed(episode)
-    name = f"videos/{task.suite}_{task.index:02d}_{episode:03d}.mp4" if video_stride else None
-    writer = VideoWriter(folder / name, protocol.control_hz / video_stride) if name else nullcontext()
-    failure: PolicyError | None = None
-    started = time.perf_counter()
-    with writer as video:
-
-        def record_frame(step: int, frame: Frame | None) -> None:
-            if video is not None and frame is not None and step % video_stride == 0:
-                video.write(frame)
-
-        try:
-            run = rollout(
-                policy,
-                simulator,
-                initial_state=episode,
-                seed=seed,
-                instruction=instruction,
-                frame_stride=video_stride,
-                on_step=record_frame,
-            )
-        except PolicyError as error:
-            run, failure = error.so_far, error
-    record = EpisodeRecord(
-        suite=task.suite,
-        task=task.index,
-        task_name=task.name,
-        instruction=instruction,
-        protocol=protocol.name,
-        episode=episode,
-        initial_state=episode,
-        seed=seed,
-        outcome="error" if failure else "success" if run.success else "failure",
-        steps=len(run.actions),
-        queries=len(run.query_steps),
-        seconds=time.perf_counter() - started,
-        policy_seconds=run.policy_seconds,
-        error=_described(failure.__cause__) if failure else None,
-        video=name,
-        versions=versions,
-    )
-    return record, failure
+    published_instructions: bool,
+) -> list[EpisodePlan]:
+    protocol.step_limit(task)  # fail now, not after hours
+    task.check_files()
+    needs = Needs.of(policy)
+    if count > task.num_initial_states:
+        raise InitialStateError(
+            f"episodes is {count}; {task} has {task.num_initial_states} fixed initial states, one per episode"
+        )
+    return [
+        EpisodePlan(
+            task=task,
+            episode=episode,
+            protocol=protocol,
+            instruction=task.published_training_language if published_instructions else task.language,
+            needs=needs,
+            folder=folder,
+            video_stride=video_stride,
+            policy=policy if isinstance(policy, EpisodicPolicy) else None,
+        )
+        for episode in range(count)
+    ]
 
 
-def _described(error: BaseException | None) -> dict[str, str]:
-    return {
-        "type": type(error).__name__,
-        "message": str(error),
-        "traceback": "".join(traceback.format_exception(error)),
-    }
+def _told(record: EpisodeRecord, error: EpisodeError) -> str:
+    place = f"{record.suite}/{record.task} episode {record.episode}"
+    return f"{place}, step {record.steps}: the {error.origin} failed: {error.type}: {error.message}"
 
 
-def _append_line(path: Path, line: str) -> None:
-    """Append in one write, on disk before it returns, so that a record is there whole or not at all."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, (line + "\n").encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove_drafts(folder: Path) -> None:
+    """Remove what workers that were killed had begun to write."""
+    for part in ("videos", "frames"):
+        for draft in (folder / part).glob(".*"):
+            draft.unlink()

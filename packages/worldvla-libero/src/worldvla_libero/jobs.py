@@ -13,14 +13,10 @@ import os
 import pickle
 import re
 import shutil
-import signal
-import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from contextlib import closing, contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
@@ -29,6 +25,14 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from worldvla_libero.episodes import Dropped, EpisodeError, Reason
+from worldvla_libero.processes import (
+    Worker,
+    WorkerKilledError,
+    WorkerStartError,
+    answer,
+    portable,
+    prepare_worker,
+)
 from worldvla_tokenizers.files import write_text_atomic
 
 WORK_FOLDER = ".work"
@@ -197,8 +201,19 @@ class Job(Generic[Item, Result]):
         Raises:
             StorageError: it could not be written.
         """
-        with _storing(name, self.out):
+        with storing(name, self.out):
             yield
+
+    def reopen(self) -> None:
+        """Have a job that has ended go on, to do again what went wrong; called before it is entered.
+
+        Raises:
+            JobError: it was done with other settings.
+        """
+        self._compare(self.record)
+        self.folder.mkdir(exist_ok=True)
+        write_text_atomic(self.folder / _MANIFEST, json.dumps({"settings": self.settings}, indent=2) + "\n")
+        self.record.unlink()
 
     def end(self, content: Mapping[str, Any]) -> None:
         """Write the record that says the output is complete, and remove the parts."""
@@ -219,28 +234,28 @@ class Job(Generic[Item, Result]):
     ) -> Generator[tuple[str, Path | Dropped], None, None]:
         waiting = list(items.items())[::-1]
         tries = Counter[str]()
-        idle: list[_Worker] = []
-        busy: dict[Any, _Worker] = {}
+        attempting = functools.partial(attempt, work)
+        idle: list[Worker] = []
+        busy: dict[Any, tuple[str, Worker]] = {}
 
         def begin() -> None:
             while waiting and idle:
                 name, item = waiting.pop()
                 if wanted is None or wanted(name, parts):
                     worker = idle.pop()
-                    busy[worker.connection] = worker
-                    worker.begin(name, item)
+                    busy[worker.connection] = name, worker
+                    worker.send(item)
 
         try:
             for _ in range(min(workers, len(items))):
-                idle.append(_Worker(work))
+                idle.append(Worker(attempting))
             begin()
             while busy:
                 answers: list[tuple[str, Any]] = []
                 failures: list[Exception] = []
                 killed: list[tuple[str, Dropped]] = []
                 for connection in wait(list(busy)):
-                    worker = busy.pop(connection)
-                    name = worker.name
+                    name, worker = busy.pop(connection)
                     idle.append(worker)
                     try:
                         result, failure = worker.answer()
@@ -248,8 +263,10 @@ class Job(Generic[Item, Result]):
                             answers.append((name, result))
                         else:
                             failures.append(failure)
+                    except WorkerStartError as error:
+                        raise JobError(str(error)) from error
                     except WorkerKilledError as error:
-                        idle[-1] = _Worker(work)
+                        idle[-1] = Worker(attempting)
                         tries[name] += 1
                         if tries[name] < _TRIES:
                             waiting.append((name, items[name]))
@@ -264,8 +281,8 @@ class Job(Generic[Item, Result]):
                 yield from killed
                 begin()
         finally:
-            for worker in [*idle, *busy.values()]:
-                worker.stop()
+            for worker in [*idle, *(worker for _, worker in busy.values())]:
+                worker.stop()  # it holds nothing that could be half done: this process writes all files
 
     def _run_on_ray(
         self,
@@ -360,7 +377,7 @@ def _keep(
     target = folder / f"{name}{_DROPPED if isinstance(result, Dropped) else suffix}"
     draft = folder / f"{_DRAFT}{uuid4().hex}{suffix}"
     try:
-        with _storing(name, folder):
+        with storing(name, folder):
             if isinstance(result, Dropped):
                 draft.write_text(json.dumps(result._asdict(), ensure_ascii=False) + "\n", encoding="utf-8")
             else:
@@ -372,7 +389,12 @@ def _keep(
 
 
 @contextmanager
-def _storing(name: str, folder: Path) -> Iterator[None]:
+def storing(name: str, folder: Path) -> Iterator[None]:
+    """Around the writing of a file: tells what a failure leaves behind.
+
+    Raises:
+        StorageError: it could not be written.
+    """
     try:
         yield
     except OSError as error:
@@ -391,17 +413,18 @@ def _remove_drafts(folder: Path) -> None:
 
 class _RayWork:
     def __init__(self, folder: Path, work: Callable[[Any], Any]) -> None:
-        _prepare_worker()
+        prepare_worker()
         self.folder, self.work = folder, work
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         item = pickle.loads(row["item"])  # noqa: S301
-        return {"name": row["name"], "answer": _answer(functools.partial(self._try, row["name"]), item)}
+        work = functools.partial(attempt, functools.partial(self._try, row["name"]))
+        return {"name": row["name"], "answer": answer(work, item)}
 
     def _try(self, name: str, item: Any) -> Any:
         # Ray itself would try an item that kills its process for ever.
         tries = self.folder / f"{_DRAFT}{name}.tries"
-        with _storing(name, self.folder), tries.open("ab") as count:
+        with storing(name, self.folder), tries.open("ab") as count:
             killed = count.tell() == _TRIES
             count.write(b".")
         try:
@@ -422,99 +445,5 @@ class _RayStore:
             try:
                 _keep(self.folder, row["name"], self.suffix, result, self.store)
             except Exception as error:  # noqa: BLE001 -- raised where the job runs, in its own type
-                failure = _portable(error)
+                failure = portable(error)
         return {"name": row["name"], "failure": pickle.dumps(failure)}
-
-
-class WorkerKilledError(RuntimeError):
-    """A worker process ended before it had answered."""
-
-
-class _Worker:
-    """A process with a pipe of its own: one that is killed, even while it answers, cannot block the others."""
-
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        context = get_context("spawn")  # OpenGL and CUDA do not survive a fork
-        self.connection, far = context.Pipe()
-        self.process = context.Process(target=_serve, args=(far, work), daemon=True)
-        self.process.start()
-        far.close()  # so that the end of the process is the end of the pipe
-        self.name = ""
-        self._started = False
-
-    def begin(self, name: str, item: Any) -> None:
-        self.name = name
-        if not self._started:
-            self._await_start()
-        with suppress(BrokenPipeError):  # it has died; `answer` says so
-            self.connection.send(item)
-
-    def answer(self) -> tuple[Any, Exception | None]:
-        """The result, or what the work raised."""
-        try:
-            answer = self.connection.recv_bytes()
-        except (EOFError, OSError) as gone:  # before its answer, or in the middle of it
-            raise WorkerKilledError(f"the worker process ended ({self._end()})") from gone
-        return pickle.loads(answer)  # noqa: S301 -- of our own process
-
-    def stop(self) -> None:
-        self.process.kill()  # it holds nothing that could be half done: this process writes all files
-        self.process.join()
-        self.connection.close()
-
-    def _await_start(self) -> None:
-        try:
-            self.connection.recv_bytes()
-        except (EOFError, OSError) as gone:
-            raise JobError(
-                f"a worker process could not start ({self._end()}; see its own message above): what it works with "
-                "must be importable, and a script that begins a job needs `if __name__ == '__main__':`"
-            ) from gone
-        self._started = True
-
-    def _end(self) -> str:
-        self.process.join()
-        code = self.process.exitcode or 0
-        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
-
-
-def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
-    _prepare_worker()
-    with suppress(OSError):
-        connection.send_bytes(b"started")
-    while True:
-        try:
-            item = connection.recv()
-        except (EOFError, OSError):  # the parent is gone
-            return
-        try:
-            connection.send_bytes(_answer(work, item))
-        except OSError:  # as above
-            return
-
-
-def _answer(work: Callable[[Any], Any], item: Any) -> bytes:
-    """The pickled result, or what the work raised."""
-    try:
-        return pickle.dumps((attempt(work, item), None))
-    except Exception as error:  # noqa: BLE001 -- the parent raises it
-        return pickle.dumps((None, _portable(error)))
-
-
-def _portable(error: Exception) -> Exception:
-    """The error itself, or one that says the same where it cannot be pickled; tracebacks do not travel."""
-    trace = "".join(traceback.format_exception(error))
-    try:
-        error = pickle.loads(pickle.dumps(error))  # noqa: S301
-    except Exception:  # noqa: BLE001 -- classes pickle by code of their own
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(trace)
-    return error
-
-
-def _prepare_worker() -> None:
-    # One thread each: several workers that draw with all cores' threads only get in each other's way.
-    for variable in ("LP_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worldvla_libero.data_page import Preview, data_page
 from worldvla_libero.episodes import (
     Dropped,
     Episode,
@@ -35,6 +34,7 @@ from worldvla_libero.hdf5 import HDF5Source
 from worldvla_libero.jobs import WORK_FOLDER, Executor, Job
 from worldvla_libero.lerobot import LeRobotSource, is_lerobot
 from worldvla_libero.replay import Replayer, ReplaySettings
+from worldvla_libero.report.data_page import Preview, data_page
 from worldvla_libero.shards import (
     CARD_FILE,
     DATA_FOLDER,
@@ -322,6 +322,28 @@ class Tokenize:
         return {**self.__dict__, "_tokenizer": None}
 
 
+def choose_camera(source: Source, wanted: str | None = None) -> str:
+    """The camera whose frames are meant, of a source that holds frames.
+
+    Args:
+        source: demonstrations.
+        wanted: its name; None for the only or usual one (LIBERO: agentview).
+
+    Raises:
+        PrepareError: there is no such camera, or none is clear.
+    """
+    known = ", ".join(source.cameras) or "none"
+    if wanted is None:
+        if not source.cameras:
+            raise PrepareError(f"{source.name} holds no camera frames and cannot be replayed")
+        if len(source.cameras) > 1 and source.cameras[0] not in USUAL_CAMERAS:
+            raise PrepareError(f"{source.name} has several cameras: {known}; choose one")
+        return source.cameras[0]
+    if wanted not in source.cameras:
+        raise PrepareError(f"{source.name} has no camera {wanted!r}; existing: {known}")
+    return wanted
+
+
 def load_image_tokenizer(source: str | os.PathLike[str], device: str = "cpu") -> ImageTokenizer:
     """Load an image tokenizer from its own folder, or from that of a model it came with."""
     from worldvla_tokenizers.image import FOLDER_NAME, ImageTokenizer
@@ -333,16 +355,7 @@ def load_image_tokenizer(source: str | os.PathLike[str], device: str = "cpu") ->
 def _camera(source: Source, settings: PrepareSettings) -> str:
     if source.needs_replay:
         return settings.camera or settings.replay.cameras[0]
-    known = ", ".join(source.cameras) or "none"
-    if settings.camera is None:
-        if not source.cameras:
-            raise PrepareError(f"{source.name} holds no camera frames and cannot be replayed")
-        if len(source.cameras) > 1 and source.cameras[0] not in USUAL_CAMERAS:
-            raise PrepareError(f"{source.name} has several cameras: {known}; choose one")
-        return source.cameras[0]
-    if settings.camera not in source.cameras:
-        raise PrepareError(f"{source.name} has no camera {settings.camera!r}; existing: {known}")
-    return settings.camera
+    return choose_camera(source, settings.camera)
 
 
 def _first_width(source: Source, keys: Sequence[EpisodeKey]) -> int:

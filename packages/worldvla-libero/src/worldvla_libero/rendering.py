@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from worldvla_libero.suites import LiberoNotInstalledError, libero_root
+from worldvla_libero.libero_files import LiberoNotInstalledError, libero_root
 
 GL_BACKENDS = ("egl", "osmesa")  # robosuite 1.4 turns others into egl, but for glx, which needs a screen
 

@@ -29,8 +29,10 @@ from worldvla_libero.episodes import (
 from worldvla_libero.hdf5 import HDF5Source, merge_demonstrations, proprioception, write_demonstrations
 from worldvla_libero.jobs import WORK_FOLDER, Executor, Job
 from worldvla_libero.lerobot import write_lerobot
+from worldvla_libero.libero_files import InitialStateError
+from worldvla_libero.protocols import OPENVLA
 from worldvla_libero.simulator import ACTION_DIM, Simulator
-from worldvla_libero.suites import OPENVLA, InitialStateError, UnknownNameError, find_task
+from worldvla_libero.suites import UnknownNameError, find_task
 from worldvla_libero.versions import SIMULATOR, installed_versions
 
 RECORD_FILE = "replay.json"

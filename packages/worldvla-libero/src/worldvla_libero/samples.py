@@ -212,6 +212,20 @@ class TokenSamples(Sequence[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
+    def longest(self) -> Iterator[Sample]:
+        """For each instruction a sample that none with this instruction is longer than.
+
+        The last one of its longest episode is: there, all history is, if it is anywhere.
+        """
+        episodes: dict[str, tuple[int, int]] = {}  # instruction → steps and number of its longest episode
+        for number, episode in enumerate(self.data):
+            episodes[episode.instruction] = max(
+                (len(episode), number), episodes.get(episode.instruction, (0, number))
+            )
+        for steps, number in episodes.values():
+            if last := self.kind.count(steps):
+                yield self.kind.assemble(self.data[number], last - 1, self.writer)
+
     def locate(self, index: int) -> tuple[int, int]:
         """Episode and step of a sample.
 

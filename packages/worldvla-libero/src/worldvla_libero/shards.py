@@ -115,6 +115,14 @@ class TokenDataset(Sequence[TokenEpisode]):
         """SHA-256 of the settings, in hexadecimal; equal in every shard."""
         return self.record["fingerprint"]
 
+    def digest(self) -> str:
+        """SHA-256 of everything in the split's shards, in hexadecimal; reads all of them."""
+        found = hashlib.sha256()
+        for name in self.record["splits"][self.split]["files"]:
+            with (self.root / name).open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        return found.hexdigest()
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """(episodes,) steps of each episode."""

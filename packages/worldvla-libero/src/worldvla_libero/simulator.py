@@ -14,8 +14,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from worldvla_libero.libero_files import InitialStateError
+from worldvla_libero.protocols import OPENVLA, EvaluationProtocol
 from worldvla_libero.rendering import check_rendering
-from worldvla_libero.suites import OPENVLA, EvaluationProtocol, InitialStateError, Task
+from worldvla_libero.suites import Task
 
 ACTION_DIM = 7
 NO_MOTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # the wait step: arm at rest, gripper opening
@@ -72,6 +74,7 @@ class Simulator:
     Raises:
         RenderingError: there is no OpenGL to render with.
         LiberoNotInstalledError: LIBERO is not installed.
+        MissingFilesError: LIBERO does not bring all that the scene is made of.
         SimulatorError: the scene has no such camera, or none is named.
 
     Example:
@@ -93,6 +96,7 @@ class Simulator:
     ) -> None:
         if isinstance(cameras, str) or not cameras:
             raise SimulatorError(f"cameras are {cameras!r}; a sequence of at least one name needed")
+        task.check_files()
         check_rendering()
         from libero.libero.envs.env_wrapper import ControlEnv
 
@@ -163,6 +167,16 @@ class Simulator:
         observed = self.environment._get_observations()
         return np.concatenate([observed[f"robot0_{key}"] for key in ("gripper_qpos", "eef_pos", "eef_quat")])
 
+    @property
+    def proprioception(self) -> NDArray[np.float64]:
+        """(8,) position of the hand [m], its axis-angle [rad], positions of both fingers [m].
+
+        The order of `observation.state` in LeRobot's and openpi's LIBERO data.
+        """
+        from worldvla_libero.hdf5 import proprioception
+
+        return proprioception(self.robot_state[None])[0]
+
     def reset(
         self, initial_state: int | ArrayLike | None = 0, *, seed: int | None = None, observe: bool = True
     ) -> StepResult:
@@ -218,6 +232,13 @@ class Simulator:
         success = self._advance(checked, observe=observe)
         self._step += 1
         return StepResult(success, self._step, MappingProxyType(self._frames))
+
+    def look(self) -> Frame:
+        """(S, S, 3) uint8 image of the first camera as the scene is now, for people.
+
+        Not for policies: the frames of `step` are sampled at another moment of the control step.
+        """
+        return self._render(self.cameras[0])
 
     def close(self) -> None:
         """Free the scene and its OpenGL context; may be called twice."""

@@ -1,19 +1,19 @@
-"""What people look at: videos and figures."""
+"""Figures of frames, actions and training curves, as pictures."""
 
 from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from worldvla_libero.rendering import prepare_process
 
@@ -23,88 +23,22 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers.
 _BLUE, _ORANGE, _GREEN, _PINK, _GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
 
+_STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # instructions and names of models may hold dollars
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+_HELD_OUT = "eval_"
+_NOT_DRAWN = {"step", "epoch", "seconds", "runtime", "steps_per_second"}
+_MARKED_POINTS = 30  # below that many, a line alone may not be seen
+_LONG_LEGEND = 6
 _ACTION_PANELS = (
     ("translation of the hand", slice(0, 3)),
     ("rotation of the hand", slice(3, 6)),
     ("gripper", slice(6, 7)),
 )
-
-
-class FrameError(ValueError):
-    """An image that does not fit into the video or figure."""
-
-
-class VideoWriter:
-    """An MP4 (H.264, yuv420p, which every browser plays), there whole or not at all.
-
-    Args:
-        path: of the file; folders that lead to it are made. It appears when the block ends without an error and
-            with at least one frame.
-        fps: frames per second.
-
-    Example:
-        ```python
-        with VideoWriter("rollout.mp4", fps=20) as video:
-            video.write(frame)  # (H, W, 3) uint8
-        ```
-    """
-
-    def __init__(self, path: str | os.PathLike[str], fps: float) -> None:
-        self.path = Path(path)
-        self.fps = Fraction(fps).limit_denominator(1000)
-        self._draft = self.path.with_name(f".{uuid4().hex}.{self.path.name}")
-        self._shape: tuple[int, ...] | None = None
-        self._container: Any = None
-        self._stream: Any = None
-
-    def write(self, frame: NDArray[np.uint8]) -> None:
-        """Append a frame.
-
-        Args:
-            frame: (H, W, 3) uint8, each of the same size.
-
-        Raises:
-            FrameError: another type or shape.
-        """
-        import av
-
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
-            raise FrameError(f"frame has shape {frame.shape} and type {frame.dtype}; (H, W, 3) uint8 needed")
-        if self._shape is None:
-            self._open(frame.shape)
-        if frame.shape != self._shape:
-            raise FrameError(f"frame has shape {frame.shape}; the video has {self._shape}")
-        # yuv420p halves the colour planes, so that odd sizes need one more row or column.
-        even = np.pad(frame, [(0, n % 2) for n in frame.shape[:2]] + [(0, 0)], mode="edge")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-        self._container.mux(self._stream.encode(picture))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._container is None:
-            return
-        try:
-            if kind is None:
-                self._container.mux(self._stream.encode(None))
-            self._container.close()
-            if kind is None:
-                os.replace(self._draft, self.path)
-        finally:
-            self._draft.unlink(missing_ok=True)
-
-    def _open(self, shape: tuple[int, ...]) -> None:
-        import av
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(self._draft), "w", options={"movflags": "faststart"})
-        self._stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": "18"})
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.height, self._stream.width = (n + n % 2 for n in shape[:2])
-        self._shape = shape
 
 
 @dataclass(frozen=True)
@@ -158,7 +92,7 @@ def save_demo_figure(
     if not frames or not len(actions):
         raise ValueError(f"{len(frames)} frames and {len(actions)} actions; at least one of each needed")
     columns = len(frames)
-    with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with rc_context({**_STYLE, "font.size": 10}):
         figure = Figure(figsize=(1.95 * columns + 1.0, 9.6), dpi=110)
         figure.text(0.05, 0.972, title, fontsize=16, fontweight="bold", va="center")
         wrapped = "\n".join(textwrap.wrap(subtitle, width=24 * columns))
@@ -191,7 +125,88 @@ def save_demo_figure(
             "grey lines: a new action chunk · triangles: the frames above"
         )
         figure.text(0.985, 0.012, footnote, ha="right", va="bottom", color=_GREY, fontsize=8.5, linespacing=1.4)
-        _save(figure, Path(path))
+        save_figure(figure, Path(path))
+
+
+def save_curves(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float]]) -> None:
+    """Draw what a training run logged: one panel for each family of names, such as all that begin with `loss`.
+
+    Args:
+        path: of the PNG, written whole or not at all.
+        rows: values by name, and the `step` they belong to. Names that begin with `eval_` are held-out samples:
+            they are drawn dashed, in the panel and colour of their namesakes.
+
+    Raises:
+        ValueError: no rows, or nothing in them but steps and times.
+    """
+    prepare_process()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if not rows:
+        raise ValueError("no rows to draw; at least one needed")
+    names = dict.fromkeys(name.removeprefix(_HELD_OUT) for row in rows for name in row)
+    families: dict[str, list[str]] = {}
+    for name in names:
+        if name not in _NOT_DRAWN:
+            families.setdefault(name.split("_")[0], []).append(name)
+    if not families:
+        raise ValueError(f"rows hold {', '.join(names) or 'nothing'} alone; at least one value to draw needed")
+    columns = min(3, len(families))
+    height = -(-len(families) // columns)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(4.6 * columns, 3.1 * height + 0.4), dpi=110, layout="constrained")
+        figure.suptitle("solid: training · dashed: held out", color=_GREY, x=0.99, ha="right", fontsize=9)
+        panels = figure.subplots(height, columns, squeeze=False).flat
+        for panel, (family, members) in zip(panels, families.items(), strict=False):
+            for place, member in enumerate(members):
+                for name, style in ((member, "-"), (_HELD_OUT + member, "--")):
+                    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+                    if points:
+                        marker = "." if len(points) < _MARKED_POINTS else ""
+                        panel.plot(*zip(*points, strict=True), style, color=f"C{place}", marker=marker)
+                panel.plot([], [], "-", color=f"C{place}", label=member)
+            panel.set_title(family, loc="left", fontweight="bold")
+            panel.set_xlabel("step")
+            if len(members) > 1:
+                panel.legend(frameon=False, fontsize=7, ncols=1 + (len(members) > _LONG_LEGEND))
+        for panel in list(panels):
+            panel.set_axis_off()
+        save_figure(figure, Path(path))
+
+
+def save_strips(
+    path: str | os.PathLike[str], strips: Sequence[Mapping[str, Sequence[NDArray[np.uint8]]]], *, title: str = ""
+) -> None:
+    """Draw rows of frames under each other, such as true ones above reconstructed or imagined ones.
+
+    Args:
+        path: of the PNG, written whole or not at all.
+        strips: groups of rows by name; each row (H, W, 3) uint8 frames of one size.
+        title: above them.
+
+    Raises:
+        ValueError: no frames.
+    """
+    prepare_process()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    lines = [(name, frames) for strip in strips for name, frames in strip.items()]
+    columns = max((len(frames) for _, frames in lines), default=0)
+    if not columns:
+        raise ValueError("no frames to draw; at least one needed")
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(1.5 * columns + 0.5, 1.55 * len(lines) + 0.4), dpi=110, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        grid = figure.subplots(len(lines), columns, squeeze=False)
+        for panels, (name, frames) in zip(grid, lines, strict=True):
+            for column, panel in enumerate(panels):
+                panel.set_axis_off()
+                if column < len(frames):
+                    panel.set_axis_on()
+                    _show(panel, frames[column], label=name if column == 0 else "", title="")
+        save_figure(figure, Path(path))
 
 
 def side_by_side(images: Mapping[str, NDArray[np.uint8]], *, gap: int = 4, strip: int = 22) -> NDArray[np.uint8]:
@@ -240,11 +255,25 @@ def _plot_actions(panel: Axes, values: NDArray[np.float64], control_hz: int) -> 
         )
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_image(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> None:
+    """Write an (H, W, 3) uint8 image as a PNG, whole or not at all; folders that lead to it are made."""
+    with _whole(Path(path)) as draft:
+        Image.fromarray(image).save(draft, format="PNG")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all; folders that lead to it are made."""
+    with _whole(path) as draft:
+        figure.savefig(draft, format="png")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{uuid4().hex}.{path.name}")
     try:
-        figure.savefig(draft, format="png")
+        yield draft
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

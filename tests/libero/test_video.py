@@ -1,9 +1,8 @@
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
-from worldvla_libero.report import FrameError, ImaginedFrame, VideoWriter, save_demo_figure, side_by_side
+from worldvla_libero.video import FrameError, VideoWriter
 
 
 def _ramp(i: int, height: int = 64, width: int = 96) -> np.ndarray:
@@ -56,6 +55,13 @@ def test_half_a_video_does_not_stay(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_video_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="file"), VideoWriter(tmp_path / "file" / "v.mp4", fps=20) as video:
+        video.write(_ramp(0))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("frame", [_ramp(0).astype(np.float32), _ramp(0)[..., 0], _ramp(0)[:0], _ramp(0, 32, 32)])
 def test_frames_that_do_not_fit_are_refused(tmp_path, frame):
     with VideoWriter(tmp_path / "v.mp4", fps=20) as video:
@@ -63,50 +69,3 @@ def test_frames_that_do_not_fit_are_refused(tmp_path, frame):
         with pytest.raises(FrameError, match="frame has shape"):
             video.write(frame)
     assert len(_decode(tmp_path / "v.mp4")[-1]) == 1
-
-
-def test_images_stand_side_by_side_at_one_height():
-    canvas = side_by_side({"left": _ramp(0, 64, 64), "right": _ramp(5, 32, 32)}, gap=4, strip=20)
-    assert canvas.shape == (84, 132, 3)
-    np.testing.assert_array_equal(canvas[20:, :64], _ramp(0, 64, 64))
-    np.testing.assert_array_equal(canvas[20:, 68:], _ramp(5, 32, 32).repeat(2, 0).repeat(2, 1))
-    assert canvas[:20].min() < 100  # the names
-
-
-def _columns(count: int) -> list[ImaginedFrame]:
-    return [
-        ImaginedFrame(i + 1, _ramp(i, 64, 64), _ramp(i, 32, 32), _ramp(5 - i, 32, 32), 20.0 + i)
-        for i in range(count)
-    ]
-
-
-@pytest.mark.parametrize("count", [1, 6])
-def test_figure_is_written_whole(tmp_path, count):
-    path = tmp_path / "new" / "demo.png"
-    save_demo_figure(
-        path,
-        title="“a task”",
-        subtitle="a model. " * 20,
-        frames=_columns(count),
-        actions=np.random.default_rng(0).uniform(-1, 1, (10, 7)),
-        query_steps=(0, 5),
-        control_hz=20,
-    )
-    with Image.open(path) as image:
-        image.load()
-        assert image.format == "PNG"
-        assert min(image.size) > 300
-    assert [file.name for file in path.parent.iterdir()] == ["demo.png"]
-
-
-def test_a_figure_of_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="0 frames and 10 actions"):
-        save_demo_figure(
-            tmp_path / "f.png",
-            title="",
-            subtitle="",
-            frames=[],
-            actions=np.zeros((10, 7)),
-            query_steps=(),
-            control_hz=20,
-        )

@@ -7,20 +7,20 @@ import io
 import re
 import weakref
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from page_work import cells_of, parse_page, section_of, words_of
 from PIL import Image
 
-from worldvla_libero.data_page import Preview, data_page
+from worldvla_libero.report.data_page import Preview, data_page
 from worldvla_libero.shards import TokenEpisode
 from worldvla_tokenizers import ActionTokenizer
 from worldvla_tokenizers.action import ActionError
 
-FRAMES = Path(__file__).parents[1] / "fixtures" / "published" / "frames"
+FRAMES = Path(__file__).parents[2] / "fixtures" / "published" / "frames"
 TASKS = {
     "open_the_middle_drawer": ("open the middle drawer of the cabinet", "libero_goal_0"),
     "turn_on_the_stove": ("turn on the stove", "libero_goal_8"),
@@ -69,55 +69,8 @@ def _fit(episodes, quantile=None):
     return ActionTokenizer.fit(np.concatenate([e.actions for s, e in episodes if s == "train"]), quantile)
 
 
-class _Reader(HTMLParser):
-    """HTML, every tag of which is closed in order, as a tree."""
-
-    def __init__(self):
-        super().__init__()
-        self.builder, self.open = ElementTree.TreeBuilder(), []
-
-    def handle_starttag(self, tag, attributes):
-        self.builder.start(tag, {name: value or "" for name, value in attributes})
-        if tag in ("meta", "img", "br"):
-            self.builder.data("\n" if tag == "br" else "")
-            self.builder.end(tag)
-        else:
-            self.open.append(tag)
-
-    def handle_data(self, data):
-        if self.open:
-            self.builder.data(data)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        self.builder.end(tag)
-
-
-def _read(html):
-    reader = _Reader()
-    reader.feed(html)
-    reader.close()
-    assert not reader.open
-    return reader.builder.close()
-
-
-def _text(element):
-    return "".join(element.itertext())
-
-
-def _section(page, anchor):
-    return next((section for section in page.iter("section") if section.get("id") == anchor), None)
-
-
-def _rows(section):
-    """Words of each cell in each row; what is small, after a line break."""
-    for small in section.iter("small"):
-        small.text = f"\n{small.text}"
-    return [[_text(cell) for cell in row] for row in section.iter("tr")]
-
-
 def _panels(section):
-    return {_text(panel.find("h3")): panel for panel in section.iter("figure")}
+    return {words_of(panel.find("h3")): panel for panel in section.iter("figure")}
 
 
 def _svg(panel):
@@ -129,10 +82,10 @@ def _svg(panel):
 def test_numbers_are_those_of_the_episodes():
     episodes = list(_episodes())
     actions = _fit(episodes, quantile=0.01)
-    page = _read(data_page(_record(episodes, control_hz=20), iter(episodes), actions, []))
+    page = parse_page(data_page(_record(episodes, control_hz=20), iter(episodes), actions, []))
     steps = sum(len(e) for _, e in episodes)
 
-    facts = {_text(fact.find("dt")): _text(fact.find("dd")) for fact in page.find(".//dl[@class='facts']")}
+    facts = {words_of(fact.find("dt")): words_of(fact.find("dd")) for fact in page.find(".//dl[@class='facts']")}
     assert facts == {
         "episodes": "24",
         "steps": f"{steps:,}",
@@ -147,25 +100,25 @@ def test_numbers_are_those_of_the_episodes():
         return f"{len(lengths):,}\n{sum(lengths):,} steps"
 
     columns = (("train",), ("validation",), ("train", "validation"))
-    assert _rows(_section(page, "tasks")) == [
+    assert cells_of(section_of(page, "tasks")) == [
         ["", "train", "validation", "all"],
         ["all tasks", *(cell(None, *splits) for splits in columns)],
         *([f"{TASKS[task][0]}\n{task}", *(cell(task, *splits) for splits in columns)] for task in sorted(TASKS)),
     ]
 
-    panels = _panels(_section(page, "lengths"))
+    panels = _panels(section_of(page, "lengths"))
     for name in ("train", "validation"):
         lengths = [len(e) for s, e in episodes if s == name]
         median = np.median(lengths)
         caption = f"median {median:g} steps ({median / 20:.1f} s), from {min(lengths)} to {max(lengths)}"
-        assert _text(panels[name].find("figcaption")) == caption
+        assert words_of(panels[name].find("figcaption")) == caption
 
 
 def test_action_panels_count_bins_and_clipped_values_of_each_split():
     episodes = list(_episodes())
     actions = _fit(episodes, quantile=0.01)
-    page = _read(data_page(_record(episodes), iter(episodes), actions, []))
-    panels = _panels(_section(page, "actions"))
+    page = parse_page(data_page(_record(episodes), iter(episodes), actions, []))
+    panels = _panels(section_of(page, "actions"))
     assert list(panels) == [f"dimension {d}" for d in range(7)]
     values = {s: np.concatenate([e.actions for t, e in episodes if t == s]) for s in ("train", "validation")}
     bins = {split: actions.vocabulary.action_bins(actions.encode(v)) for split, v in values.items()}
@@ -176,14 +129,14 @@ def test_action_panels_count_bins_and_clipped_values_of_each_split():
             outside = int(((v[:, d] < actions.low[d]) | (v[:, d] > actions.high[d])).sum())
             share = f"({100 * outside / len(v):.3g}%)"
             notes.append(f"{split}: {outside:,} clipped {share}" if outside else f"{split}: none clipped")
-        shown = _text(panel.find("figcaption")).split("\n")
+        shown = words_of(panel.find("figcaption")).split("\n")
         assert [_rounded(note) for note in shown] == [_rounded(note) for note in notes]
         # the axes end at the bounds and at the largest share; the last bin, of no width, goes with its neighbour
-        words = [_text(text).strip() for text in _svg(panel).iter("{http://www.w3.org/2000/svg}text")]
+        words = [words_of(text).strip() for text in _svg(panel).iter("{http://www.w3.org/2000/svg}text")]
         top = max(np.bincount(np.minimum(b[:, d], 255)).max() / len(b) for b in bins.values())
         assert {_rounded(f"{bound:.4g}") for bound in (actions.low[d], actions.high[d])} <= set(words)
         assert float(words[-1].rstrip("%")) == pytest.approx(100 * top, rel=0.05)
-    assert "2 of 256 bins used" in _text(panels["dimension 6"])  # the gripper
+    assert "2 of 256 bins used" in words_of(panels["dimension 6"])  # the gripper
 
 
 def _rounded(note):
@@ -220,7 +173,7 @@ def _preview(split, episode):
 def test_page_needs_nothing_else():
     episodes = list(_episodes(6))
     html = data_page(_record(episodes), iter(episodes), _fit(episodes), [_preview(*pair) for pair in episodes])
-    page = _read(html)
+    page = parse_page(html)
     anchors = {section.get("id") for section in page.iter("section")}
     for element in page.iter():
         assert element.tag not in ("script", "link", "iframe")
@@ -233,14 +186,14 @@ def test_page_needs_nothing_else():
 def test_contact_sheet_groups_by_task():
     episodes = list(_episodes(6))
     previews = [_preview(*pair) for pair in episodes]
-    page = _read(data_page(_record(episodes), iter(episodes), _fit(episodes), previews))
-    groups = list(_section(page, "episodes").iter("details"))
-    assert [_text(group.find("summary")) for group in groups] == [
+    page = parse_page(data_page(_record(episodes), iter(episodes), _fit(episodes), previews))
+    groups = list(section_of(page, "episodes").iter("details"))
+    assert [words_of(group.find("summary")) for group in groups] == [
         f"{words} {task}" for task, (words, _) in TASKS.items()
     ]
     for group, (task, (_, frames)) in zip(groups, TASKS.items(), strict=True):
         assert "open" in group.attrib
-        captions = [_text(caption) for caption in group.iter("figcaption")]
+        captions = [words_of(caption) for caption in group.iter("figcaption")]
         assert captions == [f"{s}\n{e.id}" for s, e in episodes if e.task == task]
         sources = {image.get("src") for image in group.iter("img")}
         assert sources == {f"data:image/jpeg;base64,{base64.b64encode(_strip(frames)).decode()}"}
@@ -260,14 +213,14 @@ def test_words_of_the_data_are_escaped():
     }
     preview = Preview(episode.id, episode.task, episode.instruction, name, _strip("libero_goal_0"))
     actions = ActionTokenizer.fit(e.actions)
-    page = _read(data_page(record, [("train", e), (name, episode)], actions, [preview]))
+    page = parse_page(data_page(record, [("train", e), (name, episode)], actions, [preview]))
     assert not list(page.iter("script"))
-    assert _text(page.find(".//h1")) == record["name"]
-    assert f"{HOSTILE} words\n{HOSTILE} task" in [row[0] for row in _rows(_section(page, "tasks"))]
-    assert list(_panels(_section(page, "actions"))) == record["settings"]["action_names"]
-    assert _text(_section(page, "episodes").find(".//figcaption")) == f"{name}\n{episode.id}"
-    assert [HOSTILE] * 3 in _rows(_section(page, "left-out"))
-    assert _text(_section(page, "settings")).count(HOSTILE) == 7 + 7
+    assert words_of(page.find(".//h1")) == record["name"]
+    assert f"{HOSTILE} words\n{HOSTILE} task" in [row[0] for row in cells_of(section_of(page, "tasks"))]
+    assert list(_panels(section_of(page, "actions"))) == record["settings"]["action_names"]
+    assert words_of(section_of(page, "episodes").find(".//figcaption")) == f"{name}\n{episode.id}"
+    assert [HOSTILE] * 3 in cells_of(section_of(page, "left-out"))
+    assert words_of(section_of(page, "settings")).count(HOSTILE) == 7 + 7
     for element in page.iter():
         assert not {"onerror", "onload", "onclick"} & set(element.attrib)
 
@@ -278,13 +231,13 @@ def test_dropped_are_counted_by_reason_and_all_named():
         {"id": f"demo_{i}", "reason": "too short" if i % 3 else "not finite", "message": f"{i} steps"}
         for i in range(10_000)
     ]
-    page = _read(data_page(_record(episodes, dropped=dropped), iter(episodes), _fit(episodes), []))
-    rows = _rows(_section(page, "left-out"))
+    page = parse_page(data_page(_record(episodes, dropped=dropped), iter(episodes), _fit(episodes), []))
+    rows = cells_of(section_of(page, "left-out"))
     assert rows[:2] == [["too short", "6,666"], ["not finite", "3,334"]]
     assert rows[3:] == [list(entry.values()) for entry in dropped]
-    assert "open" not in _section(page, "left-out").find("details").attrib  # too long to be spread out
-    page = _read(data_page(_record(episodes, dropped=[]), iter(episodes), _fit(episodes), []))
-    assert "Nothing was left out." in _text(_section(page, "left-out"))
+    assert "open" not in section_of(page, "left-out").find("details").attrib  # too long to be spread out
+    page = parse_page(data_page(_record(episodes, dropped=[]), iter(episodes), _fit(episodes), []))
+    assert "Nothing was left out." in words_of(section_of(page, "left-out"))
 
 
 def test_settings_are_shown_whatever_they_are():
@@ -297,8 +250,10 @@ def test_settings_are_shown_whatever_they_are():
         "y": True,
     }
     record = _record(episodes, settings=settings, fingerprint="9f" * 32, versions={"numpy": "2.3"})
-    page = _read(data_page(record, iter(episodes), _fit(episodes), []))
-    rows = [(_text(row.find("dt")), _text(row.find("dd"))) for row in _section(page, "settings").iter("div")]
+    page = parse_page(data_page(record, iter(episodes), _fit(episodes), []))
+    rows = [
+        (words_of(row.find("dt")), words_of(row.find("dd"))) for row in section_of(page, "settings").iter("div")
+    ]
     assert rows[0] == ("fingerprint", "9f" * 32)
     for row in (
         ("rule", "paper"),
@@ -318,10 +273,10 @@ def test_other_robots_and_constant_dimensions(dimensions):
         episode.actions[:, 1] = 0.25
     episodes[0] = ("validation", episodes[0][1])
     episodes[0][1].actions[0, 1] = 0.5
-    page = _read(data_page(_record(episodes), iter(episodes), _fit(episodes), []))
-    panels = _panels(_section(page, "actions"))
+    page = parse_page(data_page(_record(episodes), iter(episodes), _fit(episodes), []))
+    panels = _panels(section_of(page, "actions"))
     assert len(panels) == dimensions
-    caption = _text(panels["dimension 1"].find("figcaption")).split("\n")
+    caption = words_of(panels["dimension 1"].find("figcaption")).split("\n")
     assert caption[:2] == ["1 of 256 bins used, constant", "train: none clipped"]
     assert caption[2].startswith("validation: 1 clipped (")
 
@@ -329,18 +284,18 @@ def test_other_robots_and_constant_dimensions(dimensions):
 def test_one_episode_of_one_step_and_a_bare_record():
     ((split, e),) = _episodes(1)
     episode = TokenEpisode(e.id, e.task, e.instruction, e.codes[:1], e.actions[:1])
-    page = _read(data_page({"splits": {"train": {}}}, [(split, episode)], _fit([(split, episode)]), []))
+    page = parse_page(data_page({"splits": {"train": {}}}, [(split, episode)], _fit([(split, episode)]), []))
     assert [section.get("id") for section in page.iter("section")] == ["tasks", "lengths", "actions", "loading"]
 
 
 def test_empty_splits():
     episodes = [pair for pair in _episodes(6) if pair[0] == "train"]
     record = {"splits": {"validation": {"episodes": 0}, "train": {"episodes": len(episodes)}}}
-    page = _read(data_page(record, iter(episodes), _fit(episodes), []))
-    assert list(_panels(_section(page, "lengths"))) == ["train", "validation"]  # training first
-    assert _text(_panels(_section(page, "lengths"))["validation"].find("figcaption")) == "no episode"
-    assert "validation" not in _text(_section(page, "actions"))
-    nothing = _read(data_page({"splits": {"train": {"episodes": 0}}}, [], _fit(episodes), []))
+    page = parse_page(data_page(record, iter(episodes), _fit(episodes), []))
+    assert list(_panels(section_of(page, "lengths"))) == ["train", "validation"]  # training first
+    assert words_of(_panels(section_of(page, "lengths"))["validation"].find("figcaption")) == "no episode"
+    assert "validation" not in words_of(section_of(page, "actions"))
+    nothing = parse_page(data_page({"splits": {"train": {"episodes": 0}}}, [], _fit(episodes), []))
     assert [section.get("id") for section in nothing.iter("section")] == ["tasks", "loading"]
 
 
@@ -350,17 +305,17 @@ def test_many_tasks_are_folded_away():
                 for s, e in _episodes(200, tasks=tasks)]  # fmt: skip
     strip = _strip("libero_goal_0")
     previews = [Preview(e.id, e.task, e.instruction, s, strip) for s, e in episodes]
-    page = _read(data_page(_record(episodes), iter(episodes), _fit(episodes), previews))
-    assert len(_rows(_section(page, "tasks"))) == 2 + 200
-    groups = list(_section(page, "episodes").iter("details"))
+    page = parse_page(data_page(_record(episodes), iter(episodes), _fit(episodes), previews))
+    assert len(cells_of(section_of(page, "tasks"))) == 2 + 200
+    groups = list(section_of(page, "episodes").iter("details"))
     assert len(groups) == 200
     assert not any("open" in group.attrib for group in groups)
 
 
 def test_code_block_names_what_exists():
     episodes = list(_episodes(2))
-    page = _read(data_page(_record(episodes, name='it\'s "mine"'), iter(episodes), _fit(episodes), []))
-    tree = ast.parse(_text(_section(page, "loading").find("pre")))
+    page = parse_page(data_page(_record(episodes, name='it\'s "mine"'), iter(episodes), _fit(episodes), []))
+    tree = ast.parse(words_of(section_of(page, "loading").find("pre")))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     assert {alias.name for node in imports for alias in node.names} >= {"TokenDataset", "TokenSamples"}
     for node in imports:  # read, not imported: that takes a model's libraries and many seconds

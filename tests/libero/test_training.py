@@ -1,0 +1,395 @@
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from worldvla_libero import Simulator, load_suite, training
+from worldvla_libero.recipes import NANO, RECIPES, ModelSize, RecipeError, find_recipe
+from worldvla_libero.run_log import read_lines
+from worldvla_libero.shards import ShardError, TokenDataset, TokenEpisode, fingerprint_of, write_episodes
+from worldvla_libero.training import RunOptions, train_recipe
+from worldvla_model import WorldVLA, WorldVLAForConditionalGeneration
+from worldvla_model.loss import IMAGE_IDS
+from worldvla_model.training import WorldVLATrainer
+from worldvla_tokenizers import VQGAN, ActionTokenizer, ImageTokenizer, VQGANConfig
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+TINY = dataclasses.replace(
+    NANO,
+    image_size=64,
+    chunk=2,
+    size=ModelSize(hidden_size=32, intermediate_size=48, layers=1, heads=2, max_positions=256),
+    max_steps=STEPS,
+    batch_size=4,
+    precision="fp32",
+    dropout=0.1,
+    warmup_epochs=0.01,
+)
+OPTIONS = RunOptions(log_every=1, evaluate_every=3, save_every=2, cpu=True)
+
+
+def write_data(root, tokenizer, *, rows, splits=("train", "validation"), words=None):
+    """Episodes in which the first code tells the first action; `words`: other instructions by split and number."""
+    rng = np.random.default_rng(2)
+    words = words or {}
+    settings = {"image_tokenizer": tokenizer, "image_size": 16 * rows}
+    record = {"settings": settings, "fingerprint": fingerprint_of(settings), "splits": {}}
+    (root / "data").mkdir(parents=True)
+    for split, count in zip(splits, (8, 3), strict=False):
+        made = []
+        for i in range(count):
+            codes = rng.integers(0, 16, (9, rows, rows)).astype(np.uint16)
+            actions = rng.uniform(-0.5, 0.5, (9, 7))
+            actions[:, 0] = codes[:, 0, 0] / 16 - 0.5
+            told = words.get((split, i), "lift the cube")
+            made.append(TokenEpisode(f"{split}/demo_{i}", "lift", told, codes, actions))
+        file = f"data/{split}-00000.arrow"
+        write_episodes(root / file, made, {"fingerprint": fingerprint_of(settings)})
+        record["splits"][split] = {"files": [file], "episodes": count, "steps": 9 * count}
+    (root / "dataset.json").write_text(json.dumps(record))
+    ActionTokenizer.published().save_pretrained(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with an image tokenizer and data made with it."""
+    root = tmp_path_factory.mktemp("training")
+    torch.manual_seed(0)
+    topology = VQGANConfig(8, 16, 8, ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1)
+    images = ImageTokenizer(VQGAN(topology).eval(), image_size=64)
+    images.save_pretrained(root / "tokenizer")
+    write_data(root / "data", images.vqgan.fingerprint, rows=4)
+    return root
+
+
+def run(place, out, recipe=TINY, **arguments):
+    arguments = {"tokenizer": place / "tokenizer", "options": OPTIONS, **arguments}
+    return train_recipe(recipe, arguments.pop("data", place / "data"), out, **arguments)
+
+
+def test_a_recipe_leads_to_a_model_that_acts_and_imagines(place, tmp_path):
+    longer = dataclasses.replace(TINY, max_steps=40, dropout=0.0, learning_rate=5e-3)
+    record = run(place, tmp_path / "run", longer, options=dataclasses.replace(OPTIONS, evaluate_every=20))
+    rows = read_lines(tmp_path / "run" / "log.jsonl")
+    curve = [row["loss"] for row in rows if "loss" in row]
+    assert curve[-1] < 0.7 * curve[0]
+    held_out = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in held_out] == [20, 40]
+    assert {"eval_action_l1", "eval_accuracy_action_7", "eval_accuracy_image"} <= held_out[0].keys()
+    assert (record["steps"], record["of_steps"]) == (40, 40)
+    assert record == json.loads((tmp_path / "run" / "training.json").read_text())
+    assert record["recipe"]["chunk"] == 2
+    assert record["data"]["fingerprint"] == TokenDataset(place / "data").fingerprint
+    assert record["versions"]["torch"]
+    for name in ("curves.png", "imagined.png"):
+        assert np.asarray(Image.open(tmp_path / "run" / name)).std() > 1
+
+    agent = WorldVLA.from_pretrained(tmp_path / "run", device="cpu")
+    frame = np.zeros((64, 64, 3), np.uint8)
+    assert agent.predict_actions([frame, frame], "lift the cube").shape == (2, 7)
+    assert agent.predict_frame([frame], np.zeros((1, 7))).shape == (64, 64, 3)
+    assert agent.processor.settings.image_size == 64
+    assert WorldVLA.from_pretrained(tmp_path / "run" / "checkpoint-40", device="cpu").model.num_parameters() > 0
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(place, tmp_path):
+    run(place, tmp_path / "whole")
+    run(place, tmp_path / "parts", limit=3)
+    assert (tmp_path / "parts" / "checkpoint-3").is_dir()
+    run(place, tmp_path / "parts")
+    rows = {
+        name: [row for row in read_lines(tmp_path / name / "log.jsonl") if "loss" in row]
+        for name in ("whole", "parts")
+    }
+    assert [r["step"] for r in rows["parts"]] == list(range(1, STEPS + 1))
+    assert [r["loss"] for r in rows["parts"]] == [r["loss"] for r in rows["whole"]]
+    weights = [
+        WorldVLAForConditionalGeneration.from_pretrained(tmp_path / name).state_dict()
+        for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_finished_run_has_nothing_left_to_do(place, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(TINY, stored="fp32")
+    first = run(place, tmp_path, recipe, limit=3)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(training.WorldVLATrainer, "train", None)
+        assert run(place, tmp_path, recipe, limit=3) == first
+    # Killed after the last checkpoint and before the model was written: nothing is done again.
+    rows = read_lines(tmp_path / "log.jsonl")
+    (tmp_path / "training.json").write_text(json.dumps({k: v for k, v in first.items() if k != "steps"}))
+    (tmp_path / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.WorldVLATrainer, "training_step", None)
+        again = run(place, tmp_path, recipe, limit=3)
+    assert again["steps"] == 3
+    assert again["last"]["loss"] == first["last"]["loss"]
+    assert again["last"]["eval_loss"] == first["last"]["eval_loss"]
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert read_lines(tmp_path / "log.jsonl") == rows
+
+
+def test_the_model_of_another_recipe_is_not_returned_as_ones_own(place, tmp_path):
+    run(place, tmp_path, limit=1)
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(RecipeError, match=r"begun otherwise: recipe\.chunk: 2 there, 3 here"):
+        run(place, tmp_path, dataclasses.replace(TINY, chunk=3), limit=1)
+    assert run(place, tmp_path, limit=1)["steps"] == 1
+
+
+def test_each_step_is_looked_at_once_and_every_sample_counts(place, tmp_path, monkeypatch):
+    """48 held-out samples fill no batch of 64, and three steps no interval of two."""
+    looked_at = []
+    add = WorldVLATrainer.prediction_step
+
+    def look(self, model, inputs, *arguments, **keywords):
+        looked_at.append((self.state.global_step, len(inputs["input_ids"])))
+        return add(self, model, inputs, *arguments, **keywords)
+
+    monkeypatch.setattr(WorldVLATrainer, "prediction_step", look)
+    recipe = dataclasses.replace(TINY, batch_size=64, max_steps=3)
+    record = run(place, tmp_path, recipe, options=dataclasses.replace(OPTIONS, evaluate_every=2))
+    assert looked_at == [(2, 48), (3, 48)]
+    assert record["last"]["eval_loss"] > 0
+    rows = [row["step"] for row in read_lines(tmp_path / "log.jsonl") if "eval_loss" in row]
+    assert rows == [2, 3]
+
+
+def test_curves_are_drawn_without_held_out_samples(place, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Killed
+
+    monkeypatch.setattr(training._Log, "on_step_end", kill)
+    with pytest.raises(Killed):
+        run(place, tmp_path, dataclasses.replace(TINY, held_out=False))
+    assert (tmp_path / "curves.png").is_file()
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3  # columns and two steps
+
+
+@pytest.mark.parametrize("where", [("train", 0), ("validation", 1)])
+def test_a_long_instruction_is_refused_before_training(place, tmp_path, where):
+    """Not only that of the last episode."""
+    tokenizer = TokenDataset(place / "data").record["settings"]["image_tokenizer"]
+    long = write_data(tmp_path / "long", tokenizer, rows=4, words={where: "lift the cube slowly " * 60})
+    with pytest.raises(RecipeError, match=r"samples of \d+ tokens; the model has 256 positions"):
+        run(place, tmp_path / "run", data=long)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_recipe_cannot_go_on_in_the_same_folder(place, tmp_path):
+    run(place, tmp_path / "run", limit=2)
+    with pytest.raises(RecipeError, match=r"begun otherwise: recipe\.learning_rate: 0\.001 there, 0\.5 here"):
+        run(place, tmp_path / "run", dataclasses.replace(TINY, learning_rate=0.5))
+
+
+@pytest.mark.parametrize("mixture", ["action", "world", "action+video"])
+def test_other_mixtures_train(place, tmp_path, mixture):
+    share = 0.5 if "+" in mixture else None
+    recipe = dataclasses.replace(TINY, mixture=mixture, world_share=share, video_frames=2, max_steps=3)
+    record = run(place, tmp_path, recipe)
+    assert (record["samples"]["action"] > 0) == ("action" in mixture)
+    assert (record["samples"]["world"] > 0) == (mixture != "action")
+    assert (tmp_path / "imagined.png").is_file() == (mixture != "action")
+
+
+def test_without_holding_out_everything_trains(place, tmp_path):
+    part = run(place, tmp_path / "part", limit=1)["samples"]["action"]
+    whole = run(place, tmp_path / "whole", dataclasses.replace(TINY, held_out=False), limit=1)["samples"]["action"]
+    assert whole == part * 11 // 8
+
+
+@pytest.fixture(scope="module")
+def published_data(published, tmp_path_factory):
+    """Data at 128 px made with the published fixture's tokenizer."""
+    tokenizer = training.load_image_tokenizer(published.tokenizer).vqgan.fingerprint
+    return write_data(tmp_path_factory.mktemp("published") / "data", tokenizer, rows=8)
+
+
+def test_from_a_published_checkpoint(place, published, published_data, tmp_path):
+    recipe = dataclasses.replace(
+        find_recipe("table3-row5-goal"),
+        image_size=128,
+        max_steps=1,
+        batch_size=4,
+        learning_rate=1e-12,
+        precision="fp32",
+    )
+    found = {}
+
+    def look(*arguments, **keywords):
+        model = original(*arguments, **keywords)
+        found.update({name: value.clone() for name, value in model.state_dict().items()})
+        return model
+
+    original = training._model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_model", look)
+        init = {"tokenizer": published.tokenizer, "init": published.checkpoint, "data": published_data}
+        record = run(place, tmp_path, recipe, **init)
+    # Chameleon never learned to write images: SPEC §8.
+    assert not found["lm_head.weight"][IMAGE_IDS.start : IMAGE_IDS.stop].any()
+    assert found["lm_head.weight"][10_006].any()
+    assert record["init"] == str(published.checkpoint)
+    agent = WorldVLA.from_pretrained(tmp_path, device="cpu")
+    assert agent.model.config.loss == "published"
+    assert agent.model.config.dropout == 0.05
+
+
+def test_from_a_world_model(place, published, published_data, tmp_path):
+    recipe = dataclasses.replace(
+        find_recipe("table6-pretrained-goal"), image_size=128, max_steps=1, batch_size=4, precision="fp32"
+    )
+    init = {"tokenizer": published.tokenizer, "init": published.checkpoint, "data": published_data}
+    run(place, tmp_path, recipe, **init)
+    agent = WorldVLA.from_pretrained(tmp_path, device="cpu")
+    assert agent.model.lm_head.weight[IMAGE_IDS.start : IMAGE_IDS.stop].any()  # it did learn to write images
+    assert agent.processor.settings.num_actions == 1
+
+
+def test_what_does_not_fit_is_refused(place, published, tmp_path):
+    with pytest.raises(RecipeError, match="holds frames of 64 px; recipe nano needs 128"):
+        run(place, tmp_path, dataclasses.replace(TINY, image_size=128))
+    with pytest.raises(RecipeError, match="starts from Chameleon-7B in the published layout"):
+        run(place, tmp_path, dataclasses.replace(find_recipe("table3-row5-goal"), image_size=64))
+    with pytest.raises(RecipeError, match="no initial weights belong to it"):
+        run(place, tmp_path, init="somewhere")
+    with pytest.raises(ShardError, match="was made with image tokenizer"):
+        run(place, tmp_path, tokenizer=published.tokenizer)
+    with pytest.raises(RecipeError, match="batch_size is 4; a multiple of 3 is needed: 1 processes of 3 samples"):
+        run(place, tmp_path, options=dataclasses.replace(OPTIONS, per_device=3))
+    with pytest.raises(RecipeError, match="do not fill one batch of 4000"):
+        run(place, tmp_path, dataclasses.replace(TINY, batch_size=4000))
+    small = dataclasses.replace(TINY, size=dataclasses.replace(TINY.size, max_positions=32))
+    with pytest.raises(RecipeError, match="tokens; the model has 32 positions"):
+        run(place, tmp_path, small)
+    only = write_data(
+        tmp_path / "only",
+        TokenDataset(place / "data").record["settings"]["image_tokenizer"],
+        rows=4,
+        splits=("train",),
+    )
+    with pytest.raises(RecipeError, match="no validation split"):
+        run(place, tmp_path, data=only)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "one_node", "several_nodes"])
+def test_configurations_for_accelerate_are_understood(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes >= 1
+    if name != "one_gpu":
+        assert config.fsdp_config["fsdp_version"] == 2
+        wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
+        assert wrapped in WorldVLAForConditionalGeneration._no_split_modules
+
+
+def test_documented_launches_divide_the_batch():
+    commands = re.findall(r"accelerate launch(?:[^`\\]|\\\n)*", (ROOT / "docs" / "cluster.md").read_text())
+    launches = [dict(re.findall(r"--([a-z_-]+) (\S+)", command)) for command in commands]
+    launches = [launch for launch in launches if "recipe" in launch]
+    assert len(launches) == 2
+    for launch in launches:
+        batch = RECIPES[launch["recipe"]].batch_size
+        assert batch % (int(launch["num_processes"]) * int(launch["per-device"])) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("log_every", 0, "1 and above"),
+        ("evaluate_every", -1, "1 and above"),
+        ("save_every", 0, "1 and above"),
+        ("keep", 0, "1 and above"),
+        ("per_device", -1, "0 and above"),
+        ("loaders", -2, "0 and above"),
+    ],
+)
+def test_options_out_of_range_are_refused(name, value, allowed):
+    with pytest.raises(RecipeError, match=f"{name} is {value}; allowed: {allowed}"):
+        RunOptions(**{name: value})
+
+
+@pytest.mark.slow
+def test_a_sharded_run_of_two_processes_gets_past_an_evaluation(place, tmp_path):
+    """Their model is of the usual class, too; rank 0 must not imagine alone."""
+    recipe = dataclasses.replace(TINY, dropout=0.0, max_steps=4)
+    run(place, tmp_path / "one", recipe)
+    work = Path(__file__).with_name("sharded_training_work.py")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    plain = json.dumps(dataclasses.asdict(recipe))
+    command = [sys.executable, *launcher, work, place, tmp_path / "two", plain]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    for _ in range(2):  # and a finished one, whose model is not there, gathers it from its checkpoint
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=environment, timeout=900, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3_000:]
+        assert done.stderr.count("no imagined.png: the weights are spread over processes") <= 1
+        rows = [read_lines(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+        for name in ("loss", "eval_loss", "eval_action_l1"):
+            curves = [[row[name] for row in run if name in row] for run in rows]
+            assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+        assert not (tmp_path / "two" / "imagined.png").exists()
+        assert WorldVLA.from_pretrained(tmp_path / "two", device="cpu").processor.settings.num_actions == 2
+        record = json.loads((tmp_path / "two" / "training.json").read_text())
+        assert record["steps"] == 4
+        (tmp_path / "two" / "model.safetensors").unlink()
+        (tmp_path / "two" / "training.json").write_text(json.dumps({**record, "steps": 0}))
+
+
+@pytest.mark.slow
+def test_the_command_on_two_processes_learns_what_it_learns_on_one(place, tmp_path):
+    options = ["--data", place / "data", "--tokenizer", place / "tokenizer", "--image-size", "64", "--chunk", "2"]
+    options += ["--hidden-size", "32", "--intermediate-size", "48", "--layers", "1", "--heads", "2"]
+    options += ["--max-steps", "4", "--batch-size", "4", "--precision", "fp32", "--log-every", "1", "--cpu"]
+    curves = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *launcher, "-m", "worldvla_libero.cli", "train", *options, "--out", out]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=environment, timeout=900
+        )
+        assert done.returncode == 0, done.stderr[-3_000:]
+        assert done.stdout.count("recipe nano") == 1
+        curves.append([row["loss"] for row in read_lines(out / "log.jsonl") if "loss" in row])
+        assert WorldVLA.from_pretrained(out, device="cpu").processor.settings.num_actions == 2
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_nano_learns_from_the_few_demonstrations_that_come_with_the_package(tmp_path):
+    """The smoke run: `worldvla train --recipe nano --limit 60`, on nothing but the package."""
+    command = [Path(sys.executable).with_name("worldvla"), "train", "--recipe", "nano", "--limit", "60"]
+    done = subprocess.run([*command, "--out", tmp_path / "nano"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "60 of 12,000 steps" in done.stdout
+    losses = [row["loss"] for row in read_lines(tmp_path / "nano" / "log.jsonl") if "loss" in row]
+    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+    agent = WorldVLA.from_pretrained(tmp_path / "nano", device="cpu")
+    with Simulator(load_suite("libero_object").task(0), image_size=128) as simulator:
+        frame = simulator.reset(initial_state=0).frame
+        chunk = agent.predict_actions([frame], simulator.task.language)
+        assert chunk.shape == (5, 7)
+        assert simulator.step(chunk[0]).frame.shape == (128, 128, 3)
