@@ -103,6 +103,7 @@ def test_tables_of_a_model_card(nano):
         assert shown in card, card
 
 
+@pytest.mark.slow
 def test_logits_of_supervised_positions_take_less_memory():
     output = run("logits_memory.py", "--samples", "4", "--vocabulary", "8192", "--chunk", "256")
     assert "4 samples, 2,480 positions, 646 of them supervised (26 %)" in output
@@ -114,7 +115,7 @@ def test_logits_of_supervised_positions_take_less_memory():
     assert int(found[1][0].split()[0].replace(",", "")) < int(whole[0].split()[0].replace(",", ""))
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_data_pipeline():
     output = run("data_pipeline.py")
     assert re.search(r"All \d+ samples of both sides are equal\.", output)
@@ -148,7 +149,7 @@ def test_decoding():
     assert re.search(r"codes that stay in the next frame: [\d.]+ % of the camera's", output)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_replay_workers():
     output = run("replay_workers.py")
     assert "The outputs of all 2 runs are equal, byte by byte." in output

@@ -4,8 +4,9 @@ The Python blocks of a page share one namespace and run in order, in an empty fo
 to the fixtures, as it does from the root of the checkout. In shell blocks the `worldvla` commands run. A comment
 on the line above marks a block that the everyday run cannot afford; only marked blocks may build on a marked one:
 
-    <!-- test: slow -->  runs with `pytest -m slow`
-    <!-- test: hub -->   needs the network: only its imports, attributes, arguments and options are checked
+    <!-- test: slow -->      runs with `pytest -m slow`
+    <!-- test: campaign -->  runs with `pytest -m campaign`
+    <!-- test: hub -->       needs the network: only its imports, attributes, arguments and options are checked
 """
 
 import ast
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from worldvla_libero.cli import main
 
@@ -35,6 +37,7 @@ BLOCK = re.compile(
     r"(?P<indent> *)```(?:(?P<python>python|py)|console|bash|shell|sh) *\n(?P<code>.*?)(?:^ *``` *$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
+SETS = ("slow", "campaign")
 # Commands that a page may show and no test runs: they set things up, or are what CI itself consists of.
 NOT_RUN = re.compile(
     r"(git|cd|apt-get|(uv )?pip|uv (sync|add|build)|uv run (pytest|ruff|mypy|pre-commit)|bash \.ci/run)\b"
@@ -58,9 +61,10 @@ def blocks(page: str, text: str) -> list[Block]:
     found = []
     for number, match in enumerate(BLOCK.finditer(text), 1):
         line = text.count("\n", 0, match.start("code")) + 1
-        assert match["mark"] in {None, "slow", "hub"}, f"{page}, line {line}: {match['mark']}; allowed: slow, hub"
+        mark = match["mark"]
+        assert mark in {None, "hub", *SETS}, f"{page}, line {line}: {mark}; allowed: {', '.join(SETS)}, hub"
         code = re.sub(f"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
-        found.append(Block(page, number, line, bool(match["python"]), code, match["mark"]))
+        found.append(Block(page, number, line, bool(match["python"]), code, mark))
     return found
 
 
@@ -122,12 +126,12 @@ def run_shell(block: Block, folder: Path) -> None:
             check = ["bash", "-n", str(ROOT / shell[1])] if block.mark == "hub" else ["bash", "-c", command]
             run_command(check, block, folder)
         elif launch and block.mark == "hub":
-            given = {"launch": launch[1], launch[2]: launch[3]}
-            for name, program in (("launch", ["accelerate", "launch"]), (launch[2], ["worldvla", launch[2]])):
-                told = help_of(*program)
-                options = [option.replace("_", "-") for option in re.findall(r"--[\w-]+", given[name])]
-                unknown = [option for option in options if option not in told.replace("_", "-")]
-                assert not unknown, f"{block}: {command}: no such options: {unknown}"
+            launch_command_parser().parse_args(
+                [*shlex.split(re.sub(r"\$\w+", "1", launch[1])), "-m", "worldvla_libero.cli"]
+            )
+            told = help_of("worldvla", launch[2])
+            unknown = [option for option in re.findall(r"--[\w-]+", launch[3]) if option not in told]
+            assert not unknown, f"{block}: {command}: no such options: {unknown}"
             for file in re.findall(r"examples/\S+", launch[1]):
                 assert (ROOT / file).is_file(), f"{block}: {command}: no such file"
         elif script:
@@ -194,7 +198,7 @@ def state_of(tmp_path_factory):
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(block, id=str(block), marks=pytest.mark.slow if block.mark == "slow" else ())
+        pytest.param(block, id=str(block), marks=getattr(pytest.mark, block.mark) if block.mark in SETS else ())
         for block in TESTED
     ],
 )
@@ -253,7 +257,7 @@ def test_page_is_taken_apart():
 
 
 def test_what_does_not_hold_is_named():
-    with pytest.raises(AssertionError, match="sloow; allowed: slow, hub"):
+    with pytest.raises(AssertionError, match="sloow; allowed: slow, campaign, hub"):
         blocks("p.md", "<!-- test: sloow -->\n```python\n```\n")
     for code, message in (
         ("import os\nos.nowhere()", "nowhere"),

@@ -61,8 +61,12 @@ def dist(uv, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python_with(uv, dist) -> Iterator[Callable[[str], Path]]:
-    """Maps a package to the Python of an environment with its wheel and what that declares; made once each."""
-    # Not tmp_path: pytest keeps the folders of its last three runs, and two of these take gigabytes.
+    """Maps a package to the Python of an environment with its wheel and what that declares.
+
+    There are two: NumPy only, and torch; the simulator's package comes into that of the model's, once the model's
+    has shown what it declares.
+    """
+    # Not tmp_path: pytest keeps the folders of its last three runs, and these take gigabytes.
     with tempfile.TemporaryDirectory(prefix="worldvla-wheels-") as folder:
         # The versions of the present environment, so that somebody's release of tomorrow does not fail this test.
         frozen = _run(uv, "pip", "freeze", "--exclude-editable", "--python", sys.executable, cwd=dist)
@@ -70,10 +74,13 @@ def python_with(uv, dist) -> Iterator[Callable[[str], Path]]:
         versions.write_text("\n".join(line for line in frozen.splitlines() if "==" in line), "utf-8")
 
         @functools.cache
+        def environment(name: str) -> Path:
+            _run(uv, "venv", "--quiet", "--python", sys.executable, Path(folder) / name, cwd=dist)
+            return Path(folder) / name / SCRIPTS / "python"
+
+        @functools.cache
         def install(package: str) -> Path:
-            environment = Path(folder) / package
-            _run(uv, "venv", "--quiet", "--python", sys.executable, environment, cwd=dist)
-            python = environment / SCRIPTS / "python"
+            python = environment("numpy" if package == "worldvla-tokenizers" else "torch")
             # The folder offers the sibling wheels; that they come along shows that the package declares them.
             options = ["--quiet", "--python", python, "--find-links", dist, "--constraints", versions]
             _run(uv, "pip", "install", *options, _wheel(dist, package), cwd=dist)
@@ -90,34 +97,33 @@ def test_wheel_holds_the_whole_package_and_nothing_else(dist, package):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-@each_package
-def test_wheel_alone_imports(uv, dist, python_with, package, tmp_path):
-    module = package.replace("-", "_")
-    program = (
-        f"import {module}; from importlib.metadata import version; print({module}.__file__, version('{package}'))"
-    )
-    where, version = _run(python_with(package), "-c", program, cwd=tmp_path).rsplit(maxsplit=1)
+@pytest.mark.parametrize(
+    ("package", "whole"),
+    [  # in this order: an environment must not hold yet what a later package brings
+        ("worldvla-tokenizers", []),
+        # It asks for the tokenizers' extras, so there every module of theirs must load.
+        ("worldvla-model", ["worldvla-tokenizers", "worldvla-model"]),
+        ("worldvla-libero", ["worldvla-libero"]),
+    ],
+)
+def test_wheel_alone_imports(uv, python_with, package, whole, tmp_path):
+    python, module = python_with(package), package.replace("-", "_")
+    files = [file for each in whole for file in _module_files(each) if file.endswith(".py")]
+    names = [file.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for file in files]
+    assert bool(names) == bool(whole)
+    program = f"""
+import importlib
+from importlib.metadata import version
+import {module}
+print({module}.__file__, version("{package}"))
+for name in {[name for name in names if not name.endswith(".__main__")]}:
+    importlib.import_module(name)
+"""
+    where, version = _run(python, "-c", program, cwd=tmp_path).rsplit(maxsplit=1)
     assert not Path(where).is_relative_to(ROOT), "the checkout was imported, not the wheel"
     project = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text("utf-8"))["project"]
     assert version == project["version"]
-    _run(uv, "pip", "check", "--python", python_with(package), cwd=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("package", "of"),
-    [
-        # worldvla-model asks for the tokenizers' extras, so there every module of the tokenizers must load.
-        ("worldvla-model", "worldvla-tokenizers"),
-        ("worldvla-model", "worldvla-model"),
-        ("worldvla-libero", "worldvla-libero"),
-    ],
-)
-def test_every_module_finds_what_it_needs(python_with, package, of, tmp_path):
-    names = [name.removesuffix(".py").replace("/", ".") for name in _module_files(of) if name.endswith(".py")]
-    names = [name.removesuffix(".__init__") for name in names if not name.endswith(".__main__")]
-    assert names
-    program = f"import importlib\nfor name in {names}: importlib.import_module(name)"
-    _run(python_with(package), "-c", program, cwd=tmp_path)
+    _run(uv, "pip", "check", "--python", python, cwd=tmp_path)
 
 
 def test_tokenizers_bring_numpy_only(uv, python_with):
@@ -145,31 +151,18 @@ assert not {"torch", "transformers", "tokenizers", "PIL"} & set(sys.modules)
     _run(python_with("worldvla-tokenizers"), "-c", program, cwd=tmp_path)
 
 
-@pytest.mark.parametrize(("name", "extra"), [("TextTokenizer", "text"), ("ImageTokenizer", "image")])
-def test_what_an_extra_brings_names_the_extra(python_with, name, extra, tmp_path):
-    program = f"""
-import worldvla_tokenizers
-try:
-    worldvla_tokenizers.{name}
-except ModuleNotFoundError as error:
-    print(error)
-"""
-    assert f"worldvla-tokenizers[{extra}]" in _run(python_with("worldvla-tokenizers"), "-c", program, cwd=tmp_path)
-
-
-def test_tokenizers_import_in_under_half_a_second(python_with, tmp_path):
+def test_what_an_extra_brings_names_the_extra(python_with, tmp_path):
     program = """
-import time
-began = time.perf_counter()
 import worldvla_tokenizers
-print(time.perf_counter() - began)
-import sys
-assert "torch" not in sys.modules
+for name in ("TextTokenizer", "ImageTokenizer"):
+    try:
+        getattr(worldvla_tokenizers, name)
+    except ModuleNotFoundError as error:
+        print(error)
 """
-    python = python_with("worldvla-tokenizers")
-    seconds = [float(_run(python, "-c", program, cwd=tmp_path)) for _ in range(5)]
-    # The best of five: the first compiles bytecode, and what else the machine does can only add.
-    assert min(seconds) < 0.5, f"import takes {seconds} s"
+    text, image = _run(python_with("worldvla-tokenizers"), "-c", program, cwd=tmp_path).splitlines()
+    assert "worldvla-tokenizers[text]" in text
+    assert "worldvla-tokenizers[image]" in image
 
 
 def test_worldvla_command_runs(python_with, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from worldvla_libero.policies import AGENTVIEW, WRIST
 from worldvla_libero.shards import RECORD_FILE, TokenEpisode, fingerprint_of, write_episodes
 from worldvla_libero.simulator import Simulator
 from worldvla_libero.suites import load_suite
@@ -18,10 +20,24 @@ from worldvla_tokenizers import ActionTokenizer
 # Read when Ray is imported: under `uv run` each actor would otherwise run in an environment made anew for it.
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
+# Read when Mesa opens a context, as every reset of a scene does: where the CPU renders, its first frame would wait
+# for the same shaders to be compiled again, for seconds. Worker processes find them here, too. The command keeps
+# none, so as to leave the home untouched; tests of that leave these variables out.
+_shaders = tempfile.TemporaryDirectory(prefix="worldvla-tests-")
+os.environ.setdefault("MESA_SHADER_CACHE_DISABLE", "false")
+os.environ.setdefault("MESA_SHADER_CACHE_DIR", _shaders.name)
+
 
 @pytest.fixture(scope="session")
 def simulator() -> Iterator[Simulator]:
     with Simulator(load_suite("libero_goal").task(0), image_size=128) as simulator:
+        yield simulator
+
+
+@pytest.fixture(scope="session")
+def two_cameras() -> Iterator[Simulator]:
+    task = load_suite("libero_goal").task(0)
+    with Simulator(task, image_size=128, cameras=(AGENTVIEW, WRIST)) as simulator:
         yield simulator
 
 

@@ -216,6 +216,17 @@ def gone(session: int, patience: float = 20) -> bool:
     return not processes_of(session)
 
 
+def kill_when(command: list[str], out: Path, pattern: str, *, log: Path) -> None:
+    """Start a command that fills a folder, and kill it and its workers as soon as there is such a file."""
+    with log.open("a") as printed:
+        run = subprocess.Popen([*command, out], start_new_session=True, stdout=printed, stderr=printed)
+    while not list(out.glob(pattern)) and run.poll() is None:
+        time.sleep(0.005)
+    os.killpg(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, log.read_text()
+    assert gone(run.pid)
+
+
 def kill_at_random(
     command: list[str], root: Path, record: str, suffix: str, *, kills: int, seed: int, log: Path, after: float = 0
 ) -> Counter[str]:

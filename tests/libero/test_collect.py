@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -214,6 +215,19 @@ def test_a_demonstrator_goes_from_task_to_task_and_travels_without_its_simulator
     travelled = pickle.loads(pickle.dumps(demonstrator))
     assert travelled._simulator is None
     demonstrator._simulator.close()
+
+
+@pytest.mark.slow
+def test_a_collection_killed_after_its_first_part_leaves_the_bytes_of_an_undisturbed_one(
+    tmp_path, work, collected
+):
+    command = [str(Path(sys.executable).with_name("worldvla")), "collect", "libero_object"]
+    command += ["--tasks", str(TASK.index), "--episodes", "2", "--out"]
+    out = tmp_path / "out"
+    work.kill_when(command, out, ".work/*.hdf5", log=tmp_path / "log")
+    assert not (out / RECORD_FILE).exists()
+    subprocess.run([*command, out], check=True, stdout=subprocess.DEVNULL)
+    assert work.files(out) == work.files(collected)
 
 
 @pytest.mark.campaign

@@ -46,7 +46,7 @@ def test_who_asks_meanwhile_is_answered_together(tmp_path):
     list(run_episodes(plans(tmp_path, count=12), policy, ProcessPool(Runner), workers=4))
     assert max(policy.batches) >= 3
     small = Answers(slow=0.2)
-    list(run_episodes(plans(tmp_path, count=12), small, ProcessPool(Runner), workers=4, batch_size=2))
+    list(run_episodes(plans(tmp_path), small, ProcessPool(Runner), workers=3, batch_size=2))
     assert max(small.batches) == 2
 
 

@@ -5,17 +5,18 @@ import json
 import os
 import pickle
 import resource
+import subprocess
 import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import h5py
@@ -824,13 +825,9 @@ def test_a_tokenizer_is_found_inside_its_model_too(tmp_path, tiny):
         load_image_tokenizer(tmp_path)
 
 
-@pytest.mark.campaign
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are counted in /proc")
-def test_killed_at_random_moments_the_command_goes_on_to_the_same_bytes(tmp_path, published):
-    """The specification's acceptance: 20 times SIGKILL to the whole group, the runs between them to their end."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent)
-        kill_at_random = import_module("job_work").kill_at_random
+@pytest.fixture
+def killed(tmp_path, published) -> Iterator[tuple[ModuleType, list[str]]]:
+    """What kills, and a command to be killed: twelve episodes, of which one is dropped."""
     rng = np.random.default_rng(0)
     for task in "ab":
         made = []
@@ -841,19 +838,39 @@ def test_killed_at_random_moments_the_command_goes_on_to_the_same_bytes(tmp_path
         write_demonstrations(tmp_path / "source" / f"{task}_demo.hdf5", made)
     put("actions", with_value(np.nan))(tmp_path / "source" / FILE)
     command = f"-m worldvla_libero.cli prepare {tmp_path / 'source'} --image-size 64 --workers 2 --tokenizer"
-    found = kill_at_random(
-        [sys.executable, *command.split(), str(published.tokenizer), "--out"],
-        tmp_path / "runs",
-        "dataset.json",
-        ".arrow",
-        kills=20,
-        seed=0,
-        log=tmp_path / "log",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent)
+        yield import_module("job_work"), [sys.executable, *command.split(), str(published.tokenizer), "--out"]
+
+
+def only_dropped(out: Path) -> str:
+    (dropped,) = json.loads((out / "dataset.json").read_text())["dropped"]
+    return dropped["id"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are counted in /proc")
+def test_killed_when_it_has_begun_and_after_a_part_the_command_goes_on_to_the_same_bytes(tmp_path, killed):
+    work, command = killed
+    for moment in (".work/job.json", ".work/*.arrow"):
+        work.kill_when(command, tmp_path / "out", moment, log=tmp_path / "log")
+        assert not (tmp_path / "out" / "dataset.json").exists()
+    for name in ("out", "whole"):
+        subprocess.run([*command, tmp_path / name], check=True, stdout=subprocess.DEVNULL)
+    assert work.files(tmp_path / "out") == work.files(tmp_path / "whole")
+    assert only_dropped(tmp_path / "whole") == DEMO
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are counted in /proc")
+def test_killed_at_random_moments_the_command_goes_on_to_the_same_bytes(tmp_path, killed):
+    """Twenty times SIGKILL to the whole group, the runs between them to their end."""
+    work, command = killed
+    options = {"kills": 20, "seed": 0, "log": tmp_path / "log"}
+    found = work.kill_at_random(command, tmp_path / "runs", "dataset.json", ".arrow", **options)
     assert found.total() == 20
     assert found["parts"] >= 3
-    (dropped,) = json.loads((tmp_path / "runs" / "whole" / "dataset.json").read_text())["dropped"]
-    assert dropped["id"] == DEMO
+    assert only_dropped(tmp_path / "runs" / "whole") == DEMO
 
 
 def test_previews_are_strips_of_a_few_frames_in_time(tmp_path, tiny, quick, monkeypatch):

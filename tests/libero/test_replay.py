@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from worldvla_libero.episodes import Episode, EpisodeError, Reason, spread
+from worldvla_libero.episodes import Episode, EpisodeError, Reason
 from worldvla_libero.hdf5 import HDF5Source
 from worldvla_libero.jobs import WORK_FOLDER, JobError, StorageError
 from worldvla_libero.lerobot import LeRobotSource
@@ -58,7 +58,7 @@ def whole(blind, recorded) -> Episode:
 @pytest.fixture(scope="module")
 def short(recorded, whole) -> Episode:
     """From where the bottle falls into the basket, so that any motion succeeds."""
-    return replace(recorded, states=whole.states[-1:], actions=recorded.actions[20:34])
+    return replace(recorded, states=whole.states[-1:], actions=recorded.actions[20:30])
 
 
 def with_pauses(actions: np.ndarray) -> np.ndarray:
@@ -173,17 +173,17 @@ def test_what_cannot_be_replayed_is_refused_by_name(recorded, blind, changes, re
 
 
 def test_a_failure_names_the_versions_of_both(recorded, blind, short, replayed):
-    half = replace(recorded, actions=recorded.actions[: len(recorded.actions) // 2])
+    begun = replace(recorded, actions=recorded.actions[:3])
     with pytest.raises(EpisodeError) as caught:
-        blind(replace(half, versions={"mujoco": "2.3.7", "robosuite": "1.4.1"}))
+        blind(replace(begun, versions={"mujoco": "2.3.7", "robosuite": "1.4.1"}))
     assert caught.value.reason is Reason.NO_SUCCESS
     assert (
-        f"not reached after {len(half)} steps; recorded with: mujoco 2.3.7, robosuite 1.4.1; replayed with: "
+        f"not reached after {len(begun)} steps; recorded with: mujoco 2.3.7, robosuite 1.4.1; replayed with: "
         in (caught.value.message)
     )
     assert caught.value.message.count(f"mujoco {version('mujoco')}, robosuite {version('robosuite')}") == 1
     with pytest.raises(EpisodeError, match="recorded with: unknown; replayed"):
-        blind(replace(half, actions=half.actions[:3], versions={}))
+        blind(replace(begun, versions={}))
     np.testing.assert_array_equal(blind(short).states, replayed.states)  # the next one does not notice
 
 
@@ -304,14 +304,20 @@ def test_a_replay_of_which_nothing_is_left_is_an_error_with_the_reasons(tmp_path
 # Whole sources in the simulator
 
 
+def rewritten(folder: Path, **demos: Episode) -> HDF5Source:
+    """The demonstrations of the sauce with other states and actions."""
+    path = shutil.copytree(FIXTURE, folder / "libero_object") / f"{SAUCE}_demo.hdf5"
+    with h5py.File(path, "a") as content:
+        for name, episode in demos.items():
+            for key in ("states", "actions"):
+                del content[f"data/{name}/{key}"]
+                content[f"data/{name}/{key}"] = getattr(episode, key)
+    return HDF5Source(path)
+
+
 @pytest.mark.slow
-def test_a_report_tells_what_still_succeeds(tmp_path):
-    source = shutil.copytree(FIXTURE, tmp_path / "libero_object")
-    with h5py.File(source / f"{SAUCE}_demo.hdf5", "a") as content:
-        actions = content["data/demo_1/actions"][:40]
-        del content["data/demo_1/actions"]
-        content["data/demo_1/actions"] = actions
-    demos = HDF5Source(source / f"{SAUCE}_demo.hdf5")
+def test_a_report_tells_what_still_succeeds(tmp_path, short, recorded):
+    demos = rewritten(tmp_path, demo_0=short, demo_1=replace(recorded, actions=recorded.actions[:10]))
     record = replay(demos, demos.list()[0], None, ReplaySettings(SIZE))
     assert record["tasks"] == {SAUCE: {"replayed": 2, "kept": 1}}
     (dropped,) = record["dropped"]
@@ -321,16 +327,16 @@ def test_a_report_tells_what_still_succeeds(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_render_the_bytes_that_one_does(tmp_path, work, recorded):
-    settings, keys = ReplaySettings(SIZE, CAMERAS), spread(HDF5Source(FIXTURE).list()[0], 2)
+def test_two_workers_render_the_bytes_that_one_does(tmp_path, work, short, replayed):
+    """One renders the second episode with a simulator that has run the first."""
+    demos = rewritten(tmp_path, demo_0=short, demo_1=replace(short, actions=short.actions[2:]))
+    settings, keys = ReplaySettings(SIZE, CAMERAS), demos.list()[0]
     for workers in (1, 2):
-        record = run(tmp_path / str(workers), settings=settings, keys=keys, format="hdf5", workers=workers)
-        assert record["tasks"] == {task: {"replayed": 1, "kept": 1} for task in (SOUP, SAUCE)}
+        record = replay(demos, keys, tmp_path / str(workers), settings, format="hdf5", workers=workers)
+        assert record["tasks"] == {SAUCE: {"replayed": 2, "kept": 2}}
     assert work.files(tmp_path / "2") == work.files(tmp_path / "1")
-    found, here = HDF5Source(tmp_path / "1").read(recorded.id, CAMERAS), Replayer(settings)
-    made = here(recorded)
-    here.close()
+    found = HDF5Source(tmp_path / "1").read(short.id, CAMERAS)
     for name in ("actions", "states", "robot_states"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(made, name))
+        np.testing.assert_array_equal(getattr(found, name), getattr(replayed, name))
     for camera in CAMERAS:
-        np.testing.assert_array_equal(found.frames[camera], made.frames[camera])
+        np.testing.assert_array_equal(found.frames[camera], replayed.frames[camera])

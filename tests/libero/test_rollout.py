@@ -96,29 +96,28 @@ def test_rendering_less_changes_no_frame_and_no_motion(simulator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
-def test_query_frames_are_those_of_a_simulator_that_renders_everything(suite):
-    for index in range(0, 10, 2):
-        task = load_suite(suite).task(index)
-        runs = []
-        for cameras, stride in ((("agentview",), 0), (("agentview", WRIST), 1)):
-            with Simulator(task, image_size=128, cameras=cameras) as simulator:
-                policy = Scripted(2, [5, 10])
-                rollout(policy, simulator, initial_state=index, seed=7, max_steps=60, frame_stride=stride)
-                runs.append((policy.seen, simulator.state))
-        (seen, state), (seen_all, state_all) = runs
-        assert [observation.step for observation in seen] == [0, 5, 15, 20, 30, 35, 45, 50]
-        np.testing.assert_array_equal(state, state_all)
-        for observation, other in zip(seen, seen_all, strict=True):
-            np.testing.assert_array_equal(observation.images, other.images)
+@pytest.mark.parametrize(("suite", "index"), [("libero_object", 4), ("libero_10", 8)])
+def test_query_frames_are_those_of_a_simulator_that_renders_everything(suite, index):
+    """On the floor and in a kitchen; LIBERO-Goal's table, which is LIBERO-Spatial's, is in the everyday tests."""
+    runs = []
+    for cameras, stride in ((("agentview",), 0), (("agentview", WRIST), 1)):
+        with Simulator(load_suite(suite).task(index), image_size=64, cameras=cameras) as simulator:
+            policy = Scripted(2, [5, 10])
+            rollout(policy, simulator, initial_state=index, seed=7, max_steps=21, frame_stride=stride)
+            runs.append((policy.seen, simulator.state))
+    (seen, state), (seen_all, state_all) = runs
+    assert [observation.step for observation in seen] == [0, 5, 15, 20]
+    np.testing.assert_array_equal(state, state_all)
+    for observation, other in zip(seen, seen_all, strict=True):
+        np.testing.assert_array_equal(observation.images, other.images)
 
 
 def test_success_ends_an_episode(simulator):
-    simulator.reset(observe=False)
-    sim = simulator.environment.sim
-    joint = next(name for name in sim.model.joint_names if name and "middle" in name)
-    sim.data.set_joint_qpos(joint, -0.16)
-    run = rollout(Scripted(1, [5]), simulator, initial_state=simulator.state, max_steps=20)
+    model = simulator.environment.sim.model
+    joint = next(name for name in model.joint_names if name and "middle" in name)
+    opened = simulator.initial_states[0].copy()
+    opened[1 + model.get_joint_qpos_addr(joint)] = -0.16  # after the time
+    run = rollout(Scripted(1, [5]), simulator, initial_state=opened, max_steps=20)
     assert run.success
     assert len(run.actions) == 0
     assert run.query_steps == ()

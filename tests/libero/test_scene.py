@@ -4,7 +4,7 @@ import pytest
 from worldvla_libero.scene import Boxes, Scene
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def scene(simulator):
     simulator.reset(0, seed=0, observe=False)
     return Scene(simulator)
@@ -45,11 +45,16 @@ def test_surfaces_of_objects_and_regions(scene):
 
 def test_a_drawer_slides_out_of_the_cabinet(simulator, scene):
     drawer = scene.drawer("wooden_cabinet_1_middle_region")
-    simulator.environment.sim.data.set_joint_qpos("wooden_cabinet_1_middle_level", -0.15)
-    simulator.environment.sim.forward()
+    sim = simulator.environment.sim
+    before = sim.get_state()
+    sim.data.set_joint_qpos("wooden_cabinet_1_middle_level", -0.15)
+    sim.forward()
     moved = scene.drawer("wooden_cabinet_1_middle_region").boxes.centres - drawer.boxes.centres
     np.testing.assert_allclose(moved, np.broadcast_to(0.15 * drawer.direction, moved.shape), atol=0.005)
     assert scene.holds(["open", "wooden_cabinet_1_middle_region"])
+    sim.set_state(before)  # for the tests after this one
+    sim.forward()
+    assert not scene.holds(["open", "wooden_cabinet_1_middle_region"])
     assert scene.drawer("plate_1") is None
 
 

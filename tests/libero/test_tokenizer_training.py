@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from worldvla_libero import run_log, tokenizer_training
 from worldvla_libero.episodes import Episode, EpisodeError, split
 from worldvla_libero.hdf5 import write_demonstrations
 from worldvla_libero.prepare import open_source
@@ -210,8 +211,8 @@ def test_intervals_out_of_range(field):
 # Training
 
 
-def run(source, out, *, frames=FRAMES, intervals=INTERVALS, dtype="fp32", until=None, **options):
-    """Six steps, the adversarial loss in the last two."""
+def run(source, out, *, frames=FRAMES, intervals=INTERVALS, dtype="fp32", until=None, drawn=False, **options):
+    """Six steps, the adversarial loss in the last two; pictures, most of the time of a run, only if asked for."""
     usual = {
         "steps": 6,
         "batch_size": 2,
@@ -225,18 +226,26 @@ def run(source, out, *, frames=FRAMES, intervals=INTERVALS, dtype="fp32", until=
     vqgan = VQGAN(TINY)
     training = VQGANTraining(**{**usual, **options})
     told = []
-    record = train_tokenizer(
-        vqgan,
-        source,
-        out,
-        frames=frames,
-        training=training,
-        intervals=intervals,
-        dtype=dtype,
-        until=until,
-        on_progress=lambda *progress: told.append(progress),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        if not drawn:
+            undraw(patch)
+        record = train_tokenizer(
+            vqgan,
+            source,
+            out,
+            frames=frames,
+            training=training,
+            intervals=intervals,
+            dtype=dtype,
+            until=until,
+            on_progress=lambda *progress: told.append(progress),
+        )
     return vqgan, record, told
+
+
+def undraw(patch):
+    patch.setattr(run_log, "save_curves", lambda *_, **__: None)
+    patch.setattr(tokenizer_training, "save_strips", lambda *_, **__: None)
 
 
 def rows_of(out):
@@ -253,7 +262,7 @@ def same_weights(a, b):
 def finished(source, tmp_path_factory):
     """A run that was not interrupted."""
     out = tmp_path_factory.mktemp("training") / "cubes"
-    return out, *run(source, out)
+    return out, *run(source, out, drawn=True)
 
 
 def test_a_run_leaves_a_tokenizer_numbers_and_pictures(source, finished):
@@ -322,8 +331,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(source, finished, tmp_pa
     assert record["seconds"] > max(row.get("seconds", 0) for row in read_lines(tmp_path / "log.jsonl")) > 0
 
 
-def test_a_tokenizer_that_exists_keeps_its_codes(source, finished, tmp_path):
+def test_a_tokenizer_that_exists_keeps_its_codes(source, finished, tmp_path, monkeypatch):
     """Codes at random places of the frames would draw them no better than fresh ones do."""
+    undraw(monkeypatch)
     _, trained, _, _ = finished
     found = {}
     for fresh in (True, False):

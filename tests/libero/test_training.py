@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from worldvla_libero import Simulator, load_suite, training
+from worldvla_libero import Simulator, cli, load_suite, run_log, training
 from worldvla_libero.recipes import NANO, RECIPES, ModelSize, RecipeError, find_recipe
 from worldvla_libero.run_log import read_lines
 from worldvla_libero.shards import ShardError, TokenDataset, TokenEpisode, fingerprint_of, write_episodes
@@ -35,6 +35,7 @@ TINY = dataclasses.replace(
     dropout=0.1,
     warmup_epochs=0.01,
 )
+EXACT = dataclasses.replace(TINY, stored="fp32")
 OPTIONS = RunOptions(log_every=1, evaluate_every=3, save_every=2, cpu=True)
 
 
@@ -73,21 +74,34 @@ def place(tmp_path_factory):
     return root
 
 
-def run(place, out, recipe=TINY, **arguments):
+def run(place, out, recipe=TINY, *, drawn=(), **arguments):
+    """Without pictures unless they are asked for: of runs this short they are nearly all of the time."""
     arguments = {"tokenizer": place / "tokenizer", "options": OPTIONS, **arguments}
-    return train_recipe(recipe, arguments.pop("data", place / "data"), out, **arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        for module, picture in ((run_log, "save_curves"), (training, "save_strips")):
+            if picture not in drawn:
+                patch.setattr(module, picture, lambda *_, **__: None)
+        return train_recipe(recipe, arguments.pop("data", place / "data"), out, **arguments)
+
+
+@pytest.fixture(scope="module")
+def stopped(place, tmp_path_factory):
+    """A run that was stopped at its third step, and its record; to be read, or copied."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    return out, run(place, out, EXACT, limit=3)
 
 
 def test_a_recipe_leads_to_a_model_that_acts_and_imagines(place, tmp_path):
-    longer = dataclasses.replace(TINY, max_steps=40, dropout=0.0, learning_rate=5e-3)
-    record = run(place, tmp_path / "run", longer, options=dataclasses.replace(OPTIONS, evaluate_every=20))
+    longer = dataclasses.replace(TINY, max_steps=30, dropout=0.0, learning_rate=5e-3)
+    options = dataclasses.replace(OPTIONS, evaluate_every=30, save_every=30)
+    record = run(place, tmp_path / "run", longer, drawn=("save_curves", "save_strips"), options=options)
     rows = read_lines(tmp_path / "run" / "log.jsonl")
     curve = [row["loss"] for row in rows if "loss" in row]
     assert curve[-1] < 0.7 * curve[0]
     held_out = [row for row in rows if "eval_loss" in row]
-    assert [row["step"] for row in held_out] == [20, 40]
+    assert [row["step"] for row in held_out] == [30]
     assert {"eval_action_l1", "eval_accuracy_action_7", "eval_accuracy_image"} <= held_out[0].keys()
-    assert (record["steps"], record["of_steps"]) == (40, 40)
+    assert (record["steps"], record["of_steps"]) == (30, 30)
     assert record == json.loads((tmp_path / "run" / "training.json").read_text())
     assert record["recipe"]["chunk"] == 2
     assert record["data"]["fingerprint"] == TokenDataset(place / "data").fingerprint
@@ -100,14 +114,14 @@ def test_a_recipe_leads_to_a_model_that_acts_and_imagines(place, tmp_path):
     assert agent.predict_actions([frame, frame], "lift the cube").shape == (2, 7)
     assert agent.predict_frame([frame], np.zeros((1, 7))).shape == (64, 64, 3)
     assert agent.processor.settings.image_size == 64
-    assert WorldVLA.from_pretrained(tmp_path / "run" / "checkpoint-40", device="cpu").model.num_parameters() > 0
+    assert WorldVLA.from_pretrained(tmp_path / "run" / "checkpoint-30", device="cpu").model.num_parameters() > 0
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(place, tmp_path):
-    run(place, tmp_path / "whole")
-    run(place, tmp_path / "parts", limit=3)
+def test_an_interrupted_run_goes_on_bit_for_bit(place, stopped, tmp_path):
+    run(place, tmp_path / "whole", EXACT)
+    shutil.copytree(stopped[0], tmp_path / "parts")
     assert (tmp_path / "parts" / "checkpoint-3").is_dir()
-    run(place, tmp_path / "parts")
+    run(place, tmp_path / "parts", EXACT)
     rows = {
         name: [row for row in read_lines(tmp_path / name / "log.jsonl") if "loss" in row]
         for name in ("whole", "parts")
@@ -121,13 +135,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(place, tmp_path):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_a_finished_run_has_nothing_left_to_do(place, tmp_path, monkeypatch):
-    recipe = dataclasses.replace(TINY, stored="fp32")
-    first = run(place, tmp_path, recipe, limit=3)
+def test_a_finished_run_has_nothing_left_to_do(place, stopped, tmp_path, monkeypatch):
+    first = stopped[1]
+    shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
     weights = (tmp_path / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(training.WorldVLATrainer, "train", None)
-        assert run(place, tmp_path, recipe, limit=3) == first
+        assert run(place, tmp_path, EXACT, limit=3) == first
     # Killed after the last checkpoint and before the model was written: nothing is done again.
     rows = read_lines(tmp_path / "log.jsonl")
     (tmp_path / "training.json").write_text(json.dumps({k: v for k, v in first.items() if k != "steps"}))
@@ -135,7 +149,7 @@ def test_a_finished_run_has_nothing_left_to_do(place, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "checkpoint-2")
     with monkeypatch.context() as patch:
         patch.setattr(training.WorldVLATrainer, "training_step", None)
-        again = run(place, tmp_path, recipe, limit=3)
+        again = run(place, tmp_path, EXACT, limit=3)
     assert again["steps"] == 3
     assert again["last"]["loss"] == first["last"]["loss"]
     assert again["last"]["eval_loss"] == first["last"]["eval_loss"]
@@ -143,16 +157,15 @@ def test_a_finished_run_has_nothing_left_to_do(place, tmp_path, monkeypatch):
     assert read_lines(tmp_path / "log.jsonl") == rows
 
 
-def test_the_model_of_another_recipe_is_not_returned_as_ones_own(place, tmp_path):
-    run(place, tmp_path, limit=1)
-    shutil.rmtree(tmp_path / "checkpoint-1")
+def test_the_model_of_another_recipe_is_not_returned_as_ones_own(place, stopped, tmp_path):
+    shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
     with pytest.raises(RecipeError, match=r"begun otherwise: recipe\.chunk: 2 there, 3 here"):
-        run(place, tmp_path, dataclasses.replace(TINY, chunk=3), limit=1)
-    assert run(place, tmp_path, limit=1)["steps"] == 1
+        run(place, tmp_path, dataclasses.replace(EXACT, chunk=3), limit=1)
+    assert run(place, tmp_path, EXACT, limit=1) == stopped[1]
 
 
 def test_each_step_is_looked_at_once_and_every_sample_counts(place, tmp_path, monkeypatch):
-    """48 held-out samples fill no batch of 64, and three steps no interval of two."""
+    """24 held-out samples fill no batch of 32, and three steps no interval of two."""
     looked_at = []
     add = WorldVLATrainer.prediction_step
 
@@ -161,9 +174,9 @@ def test_each_step_is_looked_at_once_and_every_sample_counts(place, tmp_path, mo
         return add(self, model, inputs, *arguments, **keywords)
 
     monkeypatch.setattr(WorldVLATrainer, "prediction_step", look)
-    recipe = dataclasses.replace(TINY, batch_size=64, max_steps=3)
+    recipe = dataclasses.replace(TINY, mixture="action", world_share=None, batch_size=32, max_steps=3)
     record = run(place, tmp_path, recipe, options=dataclasses.replace(OPTIONS, evaluate_every=2))
-    assert looked_at == [(2, 48), (3, 48)]
+    assert looked_at == [(2, 24), (3, 24)]
     assert record["last"]["eval_loss"] > 0
     rows = [row["step"] for row in read_lines(tmp_path / "log.jsonl") if "eval_loss" in row]
     assert rows == [2, 3]
@@ -179,7 +192,7 @@ def test_curves_are_drawn_without_held_out_samples(place, tmp_path, monkeypatch)
 
     monkeypatch.setattr(training._Log, "on_step_end", kill)
     with pytest.raises(Killed):
-        run(place, tmp_path, dataclasses.replace(TINY, held_out=False))
+        run(place, tmp_path, dataclasses.replace(TINY, held_out=False), drawn=("save_curves",))
     assert (tmp_path / "curves.png").is_file()
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 3  # columns and two steps
 
@@ -194,25 +207,24 @@ def test_a_long_instruction_is_refused_before_training(place, tmp_path, where):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_recipe_cannot_go_on_in_the_same_folder(place, tmp_path):
-    run(place, tmp_path / "run", limit=2)
+def test_another_recipe_cannot_go_on_in_the_same_folder(place, stopped):
     with pytest.raises(RecipeError, match=r"begun otherwise: recipe\.learning_rate: 0\.001 there, 0\.5 here"):
-        run(place, tmp_path / "run", dataclasses.replace(TINY, learning_rate=0.5))
+        run(place, stopped[0], dataclasses.replace(EXACT, learning_rate=0.5))
 
 
 @pytest.mark.parametrize("mixture", ["action", "world", "action+video"])
 def test_other_mixtures_train(place, tmp_path, mixture):
     share = 0.5 if "+" in mixture else None
-    recipe = dataclasses.replace(TINY, mixture=mixture, world_share=share, video_frames=2, max_steps=3)
-    record = run(place, tmp_path, recipe)
+    recipe = dataclasses.replace(TINY, mixture=mixture, world_share=share, video_frames=2, max_steps=1)
+    record = run(place, tmp_path, recipe, drawn=("save_strips",))
     assert (record["samples"]["action"] > 0) == ("action" in mixture)
     assert (record["samples"]["world"] > 0) == (mixture != "action")
     assert (tmp_path / "imagined.png").is_file() == (mixture != "action")
 
 
-def test_without_holding_out_everything_trains(place, tmp_path):
-    part = run(place, tmp_path / "part", limit=1)["samples"]["action"]
-    whole = run(place, tmp_path / "whole", dataclasses.replace(TINY, held_out=False), limit=1)["samples"]["action"]
+def test_without_holding_out_everything_trains(place, stopped, tmp_path):
+    part = stopped[1]["samples"]["action"]
+    whole = run(place, tmp_path, dataclasses.replace(EXACT, held_out=False), limit=1)["samples"]["action"]
     assert whole == part * 11 // 8
 
 
@@ -332,47 +344,52 @@ def test_options_out_of_range_are_refused(name, value, allowed):
 @pytest.mark.slow
 def test_a_sharded_run_of_two_processes_gets_past_an_evaluation(place, tmp_path):
     """Their model is of the usual class, too; rank 0 must not imagine alone."""
-    recipe = dataclasses.replace(TINY, dropout=0.0, max_steps=4)
+    recipe = dataclasses.replace(TINY, dropout=0.0, max_steps=3)
     run(place, tmp_path / "one", recipe)
     work = Path(__file__).with_name("sharded_training_work.py")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     plain = json.dumps(dataclasses.asdict(recipe))
     command = [sys.executable, *launcher, work, place, tmp_path / "two", plain]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    for _ in range(2):  # and a finished one, whose model is not there, gathers it from its checkpoint
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env=environment, timeout=900, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3_000:]
-        assert done.stderr.count("no imagined.png: the weights are spread over processes") <= 1
-        rows = [read_lines(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3_000:]
+    assert done.stderr.count("no imagined.png: the weights are spread over processes") <= 2  # one for each run
+    # And a finished one, whose model is not there, gathers it from its checkpoint.
+    for two in (tmp_path / "two", tmp_path / "two-again"):
+        rows = [read_lines(folder / "log.jsonl") for folder in (tmp_path / "one", two)]
         for name in ("loss", "eval_loss", "eval_action_l1"):
             curves = [[row[name] for row in run if name in row] for run in rows]
             assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-        assert not (tmp_path / "two" / "imagined.png").exists()
-        assert WorldVLA.from_pretrained(tmp_path / "two", device="cpu").processor.settings.num_actions == 2
-        record = json.loads((tmp_path / "two" / "training.json").read_text())
-        assert record["steps"] == 4
-        (tmp_path / "two" / "model.safetensors").unlink()
-        (tmp_path / "two" / "training.json").write_text(json.dumps({**record, "steps": 0}))
+        assert not (two / "imagined.png").exists()
+        assert WorldVLA.from_pretrained(two, device="cpu").processor.settings.num_actions == 2
+        assert json.loads((two / "training.json").read_text())["steps"] == 3
 
 
 @pytest.mark.slow
-def test_the_command_on_two_processes_learns_what_it_learns_on_one(place, tmp_path):
+def test_the_command_on_two_processes_learns_what_it_learns_on_one(place, tmp_path, capsys):
     options = ["--data", place / "data", "--tokenizer", place / "tokenizer", "--image-size", "64", "--chunk", "2"]
     options += ["--hidden-size", "32", "--intermediate-size", "48", "--layers", "1", "--heads", "2"]
-    options += ["--max-steps", "4", "--batch-size", "4", "--precision", "fp32", "--log-every", "1", "--cpu"]
+    options += ["--max-steps", "3", "--batch-size", "4", "--precision", "fp32", "--log-every", "1", "--cpu"]
+    command = list(map(str, ["train", *options, "--out"]))
+    assert cli.main([*command, str(tmp_path / "1")]) == cli.EXIT_OK
+    said = [capsys.readouterr().out]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "worldvla_libero.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *command, str(tmp_path / "2")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3_000:]
+    said.append(done.stdout)
     curves = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *launcher, "-m", "worldvla_libero.cli", "train", *options, "--out", out]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env=environment, timeout=900
-        )
-        assert done.returncode == 0, done.stderr[-3_000:]
-        assert done.stdout.count("recipe nano") == 1
+    for out, printed in zip((tmp_path / "1", tmp_path / "2"), said, strict=True):
+        assert printed.count("recipe nano") == 1
         curves.append([row["loss"] for row in read_lines(out / "log.jsonl") if "loss" in row])
         assert WorldVLA.from_pretrained(out, device="cpu").processor.settings.num_actions == 2
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)

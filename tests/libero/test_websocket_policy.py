@@ -15,8 +15,6 @@ from websockets.sync.server import serve
 
 from worldvla_libero.policies import Needs, Observation
 from worldvla_libero.rollout import rollout
-from worldvla_libero.simulator import Simulator
-from worldvla_libero.suites import load_suite
 from worldvla_libero.websocket_policy import PolicyServerError, WebsocketPolicy, pack, unpack
 
 FRAME = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -75,16 +73,11 @@ def answering(message):
     return lambda server, connection: connection.send(message)
 
 
-def test_a_served_policy_drives_the_simulator():
-    task = load_suite("libero_goal").task(7)
-    cameras = Needs.of(WebsocketPolicy("ws://localhost")).cameras
-    with (
-        serving(answering(chunk())) as server,
-        WebsocketPolicy(server.url, image_size=32) as policy,
-        Simulator(task, image_size=64, cameras=cameras) as simulator,
-    ):
-        run = rollout(policy, simulator, max_steps=7)
-        start = simulator.reset(0)
+def test_a_served_policy_drives_the_simulator(two_cameras):
+    assert Needs.of(WebsocketPolicy("ws://localhost")).cameras == two_cameras.cameras
+    with serving(answering(chunk())) as server, WebsocketPolicy(server.url, image_size=32) as policy:
+        run = rollout(policy, two_cameras, max_steps=7)
+        start = two_cameras.reset(0)
         assert policy.metadata == {"robot": "panda", "horizon": 10}
         assert run.query_steps == (0, 5)  # five of the ten actions are executed
         np.testing.assert_allclose(run.actions[:5], np.arange(35).reshape(5, 7) / 100, atol=1e-6)
@@ -96,7 +89,7 @@ def test_a_served_policy_drives_the_simulator():
             "observation/state",
             "prompt",
         }
-        assert first["prompt"] == "turn on the stove"
+        assert first["prompt"] == "open the middle drawer of the cabinet"
         for key, camera in (("image", "agentview"), ("wrist_image", "robot0_eye_in_hand")):
             sent = first[f"observation/{key}"]
             assert sent[b"dtype"] == "|u1"
@@ -105,7 +98,7 @@ def test_a_served_policy_drives_the_simulator():
             assert abs(pixels.mean() - start.frames[camera].mean()) < 1
         state = first["observation/state"]
         assert (state[b"dtype"], state[b"shape"]) == ("<f8", [8])
-        np.testing.assert_array_equal(np.frombuffer(state[b"data"]), simulator.proprioception)
+        np.testing.assert_array_equal(np.frombuffer(state[b"data"]), two_cameras.proprioception)
         assert server.connections == 1
 
 

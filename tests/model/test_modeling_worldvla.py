@@ -36,6 +36,16 @@ CHAMELEON_READS_ITS_OWN_CONFIG = pytest.mark.skipif(
     reason="transformers 5.4 refuses the attention_bias that its own Chameleon configuration writes",
 )
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
+# transformers compiles flex_attention, which takes half a minute; what it compiles is checked uncompiled each day.
+WITH_COMPILING = ["eager", "sdpa", "flex_uncompiled", pytest.param("flex_attention", marks=pytest.mark.slow)]
+
+
+@pytest.fixture
+def implementation(request):
+    """Of attention, by the name that transformers has for it."""
+    compiled = request.param != "flex_uncompiled"
+    with torch.compiler.set_stance("default" if compiled else "force_eager"):
+        yield request.param if compiled else "flex_attention"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,7 @@ def check_against_reference(published, batch, hidden, logits=None):
         np.testing.assert_allclose(tail, reference["action_tail"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_COMPILING, indirect=True)
 def test_hidden_states_and_logits_of_the_published_code(published, batch, implementation):
     model = WorldVLAForConditionalGeneration.from_pretrained(
         published.checkpoint, dtype=torch.float32, attn_implementation=implementation
@@ -214,7 +224,7 @@ def test_cached_tokens_need_their_ids(small):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_COMPILING, indirect=True)
 def test_padding_changes_nothing(published, implementation, side):
     model = WorldVLAForConditionalGeneration.from_pretrained(
         published.checkpoint, dtype=torch.float32, attn_implementation=implementation

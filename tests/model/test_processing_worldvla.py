@@ -19,7 +19,10 @@ def processor(published):
 @pytest.mark.parametrize("size", [128, 256])
 def test_prompts_and_samples_of_the_published_code(published, size):
     processor = WorldVLAProcessor.from_pretrained(published.tokenizer, image_size=size)
-    for reference in published.samples(size=size, near_ties=size < 256):
+    references = published.samples(size=size, near_ties=size < 256)
+    if size == 256:  # all of their sequences are compared in test_sequence.py, and all codes in test_vqgan.py
+        references = [next(r for r in references if r["kind"] == kind) for kind in ("action", "world")]
+    for reference in references:
         frames = [published.frame(reference["episode"], i) for i in reference["frames"]]
         actions, instruction = reference["actions"], reference["instruction"]
         if reference["kind"] == "action":

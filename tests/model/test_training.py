@@ -335,6 +335,7 @@ def test_settings_that_would_hide_losses_are_refused(tmp_path, small):
         )
 
 
+@pytest.mark.slow
 def test_killed_at_each_moment_of_saving_the_last_checkpoint_loads(tmp_path):
     told = json.loads(work("kill", tmp_path).splitlines()[-1])
     # Before the first and the fourth nothing is half done; the last two come after a new one has its name.
@@ -351,36 +352,36 @@ def test_killed_at_any_moment_of_saving_the_last_checkpoint_loads(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_ranks_learn_what_one_does(tmp_path, accumulation):
+def test_two_ranks_learn_what_one_does(tmp_path):
     """From weights that exist, and on after a look at held-out samples: both leave a model in evaluation mode."""
     trainer(tmp_path).model.save_pretrained(tmp_path / "init")
     options = {"init": str(tmp_path / "init"), "held_out": True, "eval_strategy": "steps", "eval_steps": 2}
-    options |= {"dropout": 0.0, "per_device_eval_batch_size": 2}
+    options |= {"dropout": 0.0, "double": True, "per_device_eval_batch_size": 2, "max_steps": 7}  # past an epoch
     one = trainer(tmp_path / "one", **options)
     assert not one.model.training
     one.train()
-    options |= {"per_device_train_batch_size": 2 // accumulation, "gradient_accumulation_steps": accumulation}
+    options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     work("train", tmp_path / "two", json.dumps(options), ranks=2)
     for name in ("loss", "eval_loss", "eval_z"):
         found = {int(step): value for step, value in curve(tmp_path / "two", name).items()}
         assert found == pytest.approx(losses(one, name), rel=1e-5)
-    assert list(losses(one, "eval_loss")) == [2, 4, 6, 8, 9]
+    assert list(losses(one, "eval_loss")) == [2, 4, 6, 7]
 
 
 @pytest.mark.slow
 def test_a_sharded_run_learns_the_same_and_goes_on_under_another_number_of_ranks(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    work("train", one, json.dumps({"dropout": 0.0}))
-    saving = {"dropout": 0.0, "save_strategy": "steps", "save_steps": 4}
+    exact = {"dropout": 0.0, "double": True, "max_steps": 7}
+    one, two = trainer(tmp_path / "one", **exact), tmp_path / "two"
+    one.train()
+    saving = {**exact, "save_strategy": "steps", "save_steps": 2}
     work("train", two, json.dumps({**saving, "per_device_train_batch_size": 2}), ranks=2, env=SHARDED)
-    expected = pytest.approx(list(curve(one).values()), rel=1e-5)
+    expected = pytest.approx(list(losses(one).values()), rel=1e-5)
     assert list(curve(two).values()) == expected
     shutil.copytree(two / "checkpoint-4", tmp_path / "one_again" / "checkpoint-4")
     resumed = {**saving, "resume": True}
     work("train", tmp_path / "one_again", json.dumps(resumed), ranks=1, env=SHARDED)
     assert list(curve(tmp_path / "one_again").values()) == expected
-    shutil.copytree(tmp_path / "one_again" / "checkpoint-8", tmp_path / "two_again" / "checkpoint-8")
+    shutil.copytree(tmp_path / "one_again" / "checkpoint-6", tmp_path / "two_again" / "checkpoint-6")
     resumed |= {"per_device_train_batch_size": 2}
     work("train", tmp_path / "two_again", json.dumps(resumed), ranks=2, env=SHARDED)
     assert list(curve(tmp_path / "two_again").values()) == expected

@@ -61,7 +61,8 @@ def mixture(actions=13, worlds=9):
     )
 
 
-def trainer(folder, *, dropout=0.1, init=None, held_out=False, **options):
+def trainer(folder, *, dropout=0.1, init=None, held_out=False, double=False, **options):
+    """In fp64 if asked to: where sums in another order are compared, Adam makes much of what fp32 rounds away."""
     torch.manual_seed(3)
     config = {"dropout": dropout, "loss": "paper"}
     if init is None:
@@ -86,6 +87,8 @@ def trainer(folder, *, dropout=0.1, init=None, held_out=False, **options):
         "seed": 1,
         "data_seed": 2,
     }
+    if double:
+        model = model.double()
     arguments = TrainingArguments(str(folder), **{**usual, **options})
     # Seven held-out samples fill no batch of four, and are no multiple of two processes.
     looked_at = mixture(5, 2) if held_out else None
@@ -175,7 +178,10 @@ def kill_at_random(folder, count):
 
 
 def run_and_die(folder, moment, arm, *, steps=60):
-    """A run in a process of its own that `arm` has killed, unless it ends first; what it leaves loads."""
+    """A run in a process of its own that `arm` has killed, unless it ends first; what it leaves loads.
+
+    That the newest leads on is for the next run to show: it goes on from it, or ends otherwise than it should.
+    """
     known = [path.name for path in checkpoints(folder)]
     child = os.fork()
     if child == 0:
@@ -188,14 +194,29 @@ def run_and_die(folder, moment, arm, *, steps=60):
     found = checkpoints(folder)
     assert len(found) >= min(1, len(known)), f"run {moment}: no checkpoint is left of {known}"
     for path in found:
-        resumed = trainer(folder, max_steps=int(path.name.split("-")[1]) + 1)
-        resumed.train(resume_from_checkpoint=str(path))
-        WorldVLAForConditionalGeneration.from_pretrained(path)
+        load_whole(path)
+
+
+def load_whole(checkpoint):
+    """All that a run reads where it goes on."""
+    WorldVLAForConditionalGeneration.from_pretrained(checkpoint)
+    torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    torch.load(checkpoint / "scheduler.pt", weights_only=True)
+    torch.load(checkpoint / "rng_state.pth", weights_only=False)  # NumPy's among them
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert checkpoint.name == f"checkpoint-{state['global_step']}"
+
+
+def go_on(checkpoint):
+    resumed = trainer(checkpoint.parent, max_steps=int(checkpoint.name.split("-")[1]) + 1)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
 def kill(folder, runs):
     torch.set_num_threads(1)
     killed = [any(path.name.startswith(".checkpoint-") for path in Path(folder).iterdir()) for _ in runs]
+    for path in checkpoints(folder):
+        go_on(path)
     told = {"killed": len(killed), "torn": sum(killed), "step": int(checkpoints(folder)[-1].name.split("-")[1])}
     sys.stdout.write(json.dumps(told) + "\n")
 

@@ -212,10 +212,17 @@ def test_codes_that_mean_something_already_stay_where_they_are():
     assert book.unused.tolist() == [1, 0, 0, 1]
 
 
-def test_training_goes_on_from_the_codes_of_another(tmp_path):
+@pytest.fixture(scope="module")
+def learned() -> tuple[VQGANTrainer, np.ndarray, dict, list[tuple[int, dict[str, float]]]]:
+    """A trained VQ-GAN, its frames, what was measured on them before, and what training told; to be read only."""
+    trainer, frames = make(steps=60, codebook_decay=0.9, restart_after=10), squares(8, 32)
+    before = trainer.evaluate(frames)
+    return trainer, frames, before, train(trainer, frames)
+
+
+def test_training_goes_on_from_the_codes_of_another(learned):
     """A trained VQ-GAN draws in its first step as well as before; with its codes thrown away it does not."""
-    first, frames = make(steps=60, codebook_decay=0.9, restart_after=10), squares(8, 32)
-    train(first, frames)
+    first, frames, *_ = learned
     error = first.evaluate(frames)["l1"]
     found = {}
     for fresh in (True, False):
@@ -245,11 +252,9 @@ def test_where_codes_restart_depends_on_the_generator_alone():
 # --- training ---------------------------------------------------------------------------------------------------
 
 
-def test_it_learns_to_draw():
-    trainer = make(steps=60, codebook_decay=0.9, restart_after=10)
-    frames = squares(8, 32)
-    before = trainer.evaluate(frames)
-    losses = [losses["l1"] for _, losses in train(trainer, frames)]
+def test_it_learns_to_draw(learned):
+    trainer, frames, before, told = learned
+    losses = [losses["l1"] for _, losses in told]
     assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5])
     after = trainer.evaluate(frames)
     assert after["l1"] < 0.4 * before["l1"]
@@ -594,6 +599,7 @@ def work(folder: Path, processes: int, **settings) -> list[dict]:
         "discriminator_layers": 2,
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = launcher if processes > 1 else []
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(out), json.dumps({**usual, **settings})],
         capture_output=True,
@@ -610,30 +616,17 @@ def work(folder: Path, processes: int, **settings) -> list[dict]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
-    (one,) = work(tmp_path, 1, discriminator_start=None)
-    two = work(tmp_path, 2, discriminator_start=None)
+    """Up to where the discriminator starts: each normalizes by its own frames, but they must be one network."""
+    (one,) = work(tmp_path, 1, discriminator_start=5)
+    two = work(tmp_path, 2, discriminator_start=5)
     for each in two:
         assert len(each["losses"]) == 8
-        for losses, expected in zip(each["losses"], one["losses"], strict=True):
+        for losses, expected in zip(each["losses"][:5], one["losses"], strict=False):
+            assert "discriminator" not in losses
             assert losses == pytest.approx(expected, rel=1e-5)
-        torch.testing.assert_close(each["codes"], one["codes"], rtol=1e-4, atol=1e-5)
-    assert torch.equal(two[0]["weights"], two[1]["weights"])
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_discriminator(tmp_path):
-    """Each normalizes by its own frames, so that they are not what one is; but they must be one network."""
-    (one,) = work(tmp_path, 1, discriminator_start=2)
-    two = work(tmp_path, 2, discriminator_start=2)
+        assert each["refused"].startswith("batch_size is 3; a multiple of 2, the number of processes")
+        torch.testing.assert_close(each["early_codes"], one["early_codes"], rtol=1e-4, atol=1e-5)
+    assert "discriminator" in two[0]["losses"][5]
     assert two[0]["losses"] == two[1]["losses"]
     for name in ("codes", "weights", "judge"):
         assert torch.equal(two[0][name], two[1][name])
-    assert "discriminator" in two[0]["losses"][2]
-    for step in (0, 1):
-        assert two[0]["losses"][step] == pytest.approx(one["losses"][step], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    with pytest.raises(AssertionError, match="batch_size is 3; a multiple of 2, the number of processes"):
-        work(tmp_path, 2, batch_size=3)

@@ -56,8 +56,12 @@ def answer(models, call, workspaces):
         return type(error).__name__
 
 
+def make_models():
+    return [grammar_model(seed, leaves=0.05, ends=1.3) for seed in range(MODELS)]
+
+
 def main():
-    models = [grammar_model(seed, leaves=0.05, ends=1.3) for seed in range(MODELS)]
+    models = make_models()
     numbered = list(enumerate(calls(int(sys.argv[1]))))
     json.dump({number: answer(models, call, None) for number, call in reversed(numbered)}, sys.stdout)
 

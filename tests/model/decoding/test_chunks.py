@@ -48,8 +48,8 @@ def compare(models, prompts_per_model):
 
 
 def test_free_answers_equal_those_of_one_token_after_the_other():
-    seen = compare(18, 2)
-    assert seen["ended"] >= 10
+    seen = compare(9, 2)
+    assert seen["ended"] >= 5
 
 
 @pytest.mark.campaign
@@ -260,7 +260,7 @@ def test_the_published_generations(published, model):
 def test_drawn_values_are_distributed_as_those_of_one_token_after_the_other():
     model, prompt = grammar_model(2, ends=1.2), random_prompt(random.Random(2))
     sampling = Sampling(temperature=1.0, generator=torch.Generator().manual_seed(0))
-    draws = 150
+    draws = 100
     together = decode_chunks(model, [prompt] * draws, GRAMMAR, num_actions=2, sampling=sampling)
     apart = [fill_chunk(Decoder(model, prompt, sampling=sampling), GRAMMAR, num_actions=2) for _ in range(draws)]
     for place in (1, 7, 10, 16):  # first and last dimension of both actions; 4.5 standard errors

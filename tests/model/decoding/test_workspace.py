@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from grammar_models import GRAMMAR, V, grammar_model, random_prompt
-from mixed_calls import answer, calls
+from mixed_calls import answer, calls, make_models
 from torch._dynamo.testing import CompileCounter
 
 from worldvla_model import DecodingError
@@ -94,12 +94,13 @@ def test_no_length_of_a_prompt_costs_a_compilation():
     both([0, 16_400, V.eot], workspace=workspace)
     warm = counter.frame_count
     assert warm >= 2
-    for length in range(3, 161):
+    # Lengths of every remainder, and the round ones, which compilers like to treat apart.
+    for length in (*range(3, 161, 7), *range(16, 161, 16)):
         prompt = [0, *[rng.randrange(16_388, 16_640) for _ in range(length - 2)], V.eot]
         found = both(prompt, workspace=workspace)
         if length % 16 == 0:
             assert found == both(prompt)
-    for _ in range(50):
+    for _ in range(10):
         prompt = random_prompt(rng)
         assert both(prompt, workspace=workspace) == both(prompt)
     assert counter.frame_count == warm
@@ -118,25 +119,34 @@ def test_the_default_compiler_gives_the_same():
 @pytest.mark.parametrize(
     ("count", "slots"),
     [
-        (60, None),
-        (60, 64),
+        (40, None),
+        (40, 64),
         pytest.param(1_000, None, marks=pytest.mark.campaign),
         pytest.param(1_000, 64, marks=pytest.mark.campaign),
     ],
 )
 def test_mixed_calls_leave_no_state_behind(count, slots, monkeypatch):
-    """On one workspace, in any order, and in a process of its own that keeps nothing and goes the other way."""
+    """On one workspace, in any order, and without one the other way; campaigns do that in a process of its own."""
     if slots and count < 100:  # all but the compiler itself
         monkeypatch.setattr(torch, "compile", lambda module, **_: module)
-    models, kept = [grammar_model(seed, leaves=0.05, ends=1.3) for seed in range(3)], {}
+    models, kept = make_models(), {}
     # Some calls fit into the slots and some do not.
     workspaces = [Workspace(model, prefixes=3, slots=slots, **compiler(slots)) for model in models]
     todo = list(enumerate(calls(count)))
     random.Random(0).shuffle(todo)
     for number, call in todo:
         kept[str(number)] = answer(models, call, workspaces)
-    assert kept == json.loads(answers_of_a_fresh_process(count))
+    expected = answers_that_nothing_is_kept_for(count) if count < 100 else answers_of_a_fresh_process(count)
+    assert kept == json.loads(expected)
     assert sum(workspace.reused for workspace in workspaces) > count / 10
+
+
+@functools.cache
+def answers_that_nothing_is_kept_for(count):
+    models = make_models()  # others than those that have a workspace
+    return json.dumps(
+        {number: answer(models, call, None) for number, call in reversed(list(enumerate(calls(count))))}
+    )
 
 
 @functools.cache

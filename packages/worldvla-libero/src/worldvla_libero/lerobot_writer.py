@@ -336,10 +336,13 @@ class _Videos:
         self._container = av.open(str(path), "w", options={"movflags": "faststart"})
         # Every second frame a keyframe, as LeRobot has it: training asks for single frames in random order.
         options = {"crf": str(self.crf), "g": "2", "bf": "0"}
+        # The bytes must depend neither on the number of processors nor on their instructions, by which x264 else
+        # chooses among functions that round differently.
+        options["x264-params"] = "lookahead-threads=1:cpu-independent=1"
         self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)
         self._stream.pix_fmt = "yuv420p"
         self._stream.height, self._stream.width = shape[1:3]
-        self._stream.codec_context.thread_count = 1  # the bytes must not depend on the machine's processors
+        self._stream.codec_context.thread_count = 1
         self._frames = self._bytes = 0
 
     def _mux(self, picture: av.VideoFrame | None) -> None:
@@ -461,7 +464,7 @@ def _image_stats(frames: Frames) -> _Stats:
         counts += [np.bincount(frame[..., channel].ravel(), minlength=256) for channel in range(3)]
     total = frames.size // 3
     values = np.arange(256) / 255
-    mean = counts @ values / total
+    mean = (counts * np.arange(256)).sum(axis=1) / (255 * total)  # whole numbers: no order of summing shows
     below = counts.cumsum(axis=1)
     stats = {
         "min": values[(counts > 0).argmax(axis=1)],
