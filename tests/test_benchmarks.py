@@ -133,7 +133,7 @@ def test_data_pipeline():
         assert rows(output, what)[-1][-1] == "yes", rows(output, what)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_decoding():
     output = run("decoding.py")
     assert output.count("ids of all 2 runs are equal.") == 4  # two chunks, frames, real frames

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,13 +18,6 @@ from worldvla_tokenizers import ActionTokenizer
 
 # Read when Ray is imported: under `uv run` each actor would otherwise run in an environment made anew for it.
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-
-# Read when Mesa opens a context, as every reset of a scene does: where the CPU renders, its first frame would wait
-# for the same shaders to be compiled again, for seconds. Worker processes find them here, too. The command keeps
-# none, so as to leave the home untouched; tests of that leave these variables out.
-_shaders = tempfile.TemporaryDirectory(prefix="worldvla-tests-")
-os.environ.setdefault("MESA_SHADER_CACHE_DISABLE", "false")
-os.environ.setdefault("MESA_SHADER_CACHE_DIR", _shaders.name)
 
 
 @pytest.fixture(scope="session")

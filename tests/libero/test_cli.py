@@ -16,7 +16,8 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "published"
 
 def run(*arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own; `code` runs before it."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MPLCONFIGDIR")}
+    ours = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MPLCONFIGDIR", "MESA_SHADER_CACHE_DIR")
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     program = f"import sys\n{code}\nfrom worldvla_libero.cli import main\nsys.exit(main({list(arguments)!r}))"
     return subprocess.run(
         [sys.executable, "-c", program], env=kept | environment, capture_output=True, text=True, timeout=600

@@ -138,7 +138,7 @@ def test_misuse_is_named():
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    ours = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MPLCONFIGDIR", "MESA_SHADER_CACHE_DISABLE", "MESA_SHADER_CACHE_DIR")
+    ours = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MPLCONFIGDIR", "MESA_SHADER_CACHE_DIR")
     kept = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=300

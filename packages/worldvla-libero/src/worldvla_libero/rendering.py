@@ -88,7 +88,10 @@ def prepare_process() -> None:
     """
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("MESA_SHADER_CACHE_DISABLE", "true")  # else Mesa writes to ~/.cache
+    if not {"MESA_SHADER_CACHE_DIR", "MESA_SHADER_CACHE_DISABLE"} & os.environ.keys():
+        # Not ~/.cache. Without any, each reset of a scene, which opens a context, compiles the same shaders again:
+        # seconds where the CPU renders. Worker processes share it.
+        os.environ["MESA_SHADER_CACHE_DIR"] = _scratch_folder()
     config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     if "MPLCONFIGDIR" not in os.environ and not (config_home / "matplotlib").is_dir():
         os.environ["MPLCONFIGDIR"] = _scratch_folder()  # importing matplotlib would make that folder
