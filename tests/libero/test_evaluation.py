@@ -321,6 +321,7 @@ def test_the_simulator_runs_and_shows_what_the_policy_does(simulated):
     assert pictures[0] != pictures[1]  # each episode has its own fixed initial state
 
 
+@pytest.mark.slow
 def test_a_policy_beside_the_simulator_does_the_same_in_a_worker(simulated, tmp_path):
     here, expected = simulated
     task, policy = load_suite("libero_goal").task(8), RandomPolicy(3, num_actions=2)

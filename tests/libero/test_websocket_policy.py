@@ -73,6 +73,7 @@ def answering(message):
     return lambda server, connection: connection.send(message)
 
 
+@pytest.mark.slow
 def test_a_served_policy_drives_the_simulator(two_cameras):
     assert Needs.of(WebsocketPolicy("ws://localhost")).cameras == two_cameras.cameras
     with serving(answering(chunk())) as server, WebsocketPolicy(server.url, image_size=32) as policy:

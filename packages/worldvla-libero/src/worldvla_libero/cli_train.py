@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from worldvla_libero import default_model_path, sample_data_path
-from worldvla_libero.recipes import RECIPES, TOKENIZER_RECIPES, Recipe, RecipeError, changed_fields, find_recipe
+from worldvla_libero.recipes import (
+    RECIPES,
+    SMOKE,
+    TOKENIZER_RECIPES,
+    Recipe,
+    RecipeError,
+    changed_fields,
+    find_recipe,
+)
 from worldvla_libero.tokenizer_training import FrameSettings, Intervals
 from worldvla_libero.training import RunOptions
 from worldvla_tokenizers.vqgan import VQGANConfig
@@ -64,8 +72,8 @@ def _train_command(default: Recipe) -> Callable[..., int]:
 
         Args:
             recipe: Name; with --list, all of them are shown.
-            data: Token data set that `worldvla prepare` made, a folder or a repository of the Hub; with --limit
-                and from scratch by default the few demonstrations that come with the package.
+            data: Token data set that `worldvla prepare` made, a folder or a repository of the Hub; of recipe smoke
+                by default the few demonstrations that come with the package.
             out: Folder of the run; by default worldvla-runs/ and the name of the recipe.
             tokenizer: Folder or Hub repository of the image tokenizer that the data were made with; by default
                 the one of the default model.
@@ -79,12 +87,8 @@ def _train_command(default: Recipe) -> Callable[..., int]:
         if list:
             _print_recipes(console)
             return EXIT_OK
-        if data is None and limit is not None and settings.initial == "scratch":
+        if data is None and settings.name == SMOKE.name:
             data = str(sample_data_path())
-            console.print(
-                "without --data: the few demonstrations that come with the package, enough to see that it works",
-                style="yellow",
-            )
         if data is None:
             raise RecipeError(
                 f"recipe {settings.name} needs --data, frames of {settings.image_size} px of "

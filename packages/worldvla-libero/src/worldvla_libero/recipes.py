@@ -245,6 +245,17 @@ NANO = Recipe(
 )
 """Small enough to be trained without a GPU and to be shipped."""
 
+SMOKE = dataclasses.replace(
+    NANO,
+    name="smoke",
+    source="does training work here? a minute or two on a CPU; not of the paper",
+    max_steps=40,
+    batch_size=8,
+    warmup_epochs=0.03,
+    precision="fp32",
+)
+"""Nano's model for a few steps, by default on the demonstrations that come with the package."""
+
 FINE_TUNE = Recipe(
     "fine-tune",
     "a published checkpoint, or one of your own, on your data; not of the paper",
@@ -254,7 +265,7 @@ FINE_TUNE = Recipe(
 )
 """The paper's settings, from weights that act already."""
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (NANO, FINE_TUNE, *_paper_recipes())}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (NANO, SMOKE, FINE_TUNE, *_paper_recipes())}
 
 TOKENIZER_RECIPES: dict[str, TokenizerRecipe] = {
     recipe.name: recipe
@@ -304,6 +315,7 @@ __all__ = [
     "FINE_TUNE",
     "NANO",
     "RECIPES",
+    "SMOKE",
     "SUITES",
     "TOKENIZER_RECIPES",
     "ModelSize",

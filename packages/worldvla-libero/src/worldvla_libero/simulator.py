@@ -112,7 +112,7 @@ class Simulator:
             self._wrapper: Any = ControlEnv(
                 bddl_file_name=str(task.bddl_file),
                 use_camera_obs=False,  # the camera is ours, see above
-                has_offscreen_renderer=True,
+                has_offscreen_renderer=False,  # opened when someone looks: where the CPU renders, most of a reset
                 control_freq=protocol.control_hz,
                 ignore_done=True,  # the step limit is the protocol's affair
             )
@@ -200,7 +200,7 @@ class Simulator:
         environment = self.environment
         state = None if initial_state is None else self._checked_state(initial_state)
         self._step, self._frames = None, {}
-        self._make_current()  # a reset frees the GL objects of the old scene
+        self._make_current()  # a reset frees the GL objects of the old scene, if there are any
         with _numpy_seed(self.protocol.seed if seed is None else seed):
             _draw_scene(environment)
         self._observing = observe and self.protocol.wait_steps == 0
@@ -281,14 +281,37 @@ class Simulator:
         )
 
     def _render(self, camera: str) -> Frame:
+        if self._renderer is None:
+            self._open_renderer()
         self._make_current()
         image = self.environment.sim.render(camera_name=camera, width=self.image_size, height=self.image_size)
         # OpenGL's rows run upwards; like all published LIBERO data, turned by 180° rather than flipped.
         return np.ascontiguousarray(image[::-1, ::-1])
 
+    @property
+    def _renderer(self) -> Any:
+        """The scene's OpenGL context, robosuite's; None until someone looks, and again after a reset."""
+        return self.environment.sim._render_context_offscreen
+
+    def _open_renderer(self) -> None:
+        from robosuite.utils.binding_utils import MjRenderContextOffscreen
+
+        environment = self.environment
+        simulation = environment.sim
+        # robosuite computes derived quantities anew here. Within a step they are those of the substep before
+        # the positions, and that is the scene LIBERO's own camera sees.
+        simulation.forward = lambda: None
+        try:
+            renderer = MjRenderContextOffscreen(simulation, device_id=environment.render_gpu_device_id)
+        finally:
+            del simulation.forward
+        renderer.vopt.geomgroup[0] = environment.render_collision_mesh
+        renderer.vopt.geomgroup[1] = environment.render_visual_mesh
+
     def _make_current(self) -> None:
         # robosuite draws into whichever context was made last: wrong with two simulators in a process.
-        self.environment.sim._render_context_offscreen.gl_ctx.make_current()
+        if self._renderer is not None:
+            self._renderer.gl_ctx.make_current()
 
     def _checked_state(self, initial_state: int | ArrayLike) -> NDArray[np.float64]:
         if isinstance(initial_state, int | np.integer):
