@@ -285,9 +285,9 @@ def text(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason", "message"),
     [
-        (truncated, Reason.UNREADABLE, "b_demo.hdf5: not an HDF5 file, or truncated ("),
-        (emptied, Reason.UNREADABLE, "b_demo.hdf5: not an HDF5 file, or truncated ("),
-        (text, Reason.UNREADABLE, "b_demo.hdf5: not an HDF5 file, or truncated ("),
+        (truncated, Reason.UNREADABLE, "b_demo.hdf5: not an HDF5 file, or truncated, or still being copied ("),
+        (emptied, Reason.UNREADABLE, "b_demo.hdf5: not an HDF5 file, or truncated, or still being copied ("),
+        (text, Reason.UNREADABLE, "b_demo.hdf5: not an HDF5 file, or truncated, or still being copied ("),
         (foreign, Reason.MISSING_KEY, "b_demo.hdf5: no group 'data'; LIBERO's layout needed, found mask, observ"),
         (data_is_an_array, Reason.MISSING_KEY, "b_demo.hdf5: no group 'data'; LIBERO's layout needed, found data"),
     ],
@@ -346,19 +346,19 @@ def test_a_folder_of_bad_files_alone_is_a_source_without_episodes(tmp_path):
             {"actions": np.ones((2, 7))},
             {"problem_info": "{half"},
             Reason.MISSING_KEY,
-            "a: attribute 'problem_info' holds no 'language_instruction'",
+            "a_demo/demo_0: attribute 'problem_info' of 'data' holds no 'language_instruction'",
         ),
         (
             {"actions": np.ones((2, 7))},
             {"problem_info": json.dumps({"domain_name": "robosuite"})},
             Reason.MISSING_KEY,
-            "a: attribute 'problem_info' holds no 'language_instruction'",
+            "a_demo/demo_0: attribute 'problem_info' of 'data' holds no 'language_instruction'",
         ),
         (
             {"actions": np.ones((2, 7))},
             {"problem_info": 3},
             Reason.MISSING_KEY,
-            "a: attribute 'problem_info' holds no 'language_instruction'",
+            "a_demo/demo_0: attribute 'problem_info' of 'data' holds no 'language_instruction'",
         ),
     ],
 )

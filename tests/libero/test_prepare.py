@@ -492,6 +492,8 @@ def foreign(path: Path) -> None:
 def speechless(path: Path) -> None:
     with h5py.File(path, "a") as content:
         content["data/demo_1"].attrs["language_instruction"] = " "
+        content["data/demo_0"].attrs["language_instruction"] = "do b"
+        del content["data"].attrs["problem_info"]
 
 
 def damaged(path: Path) -> None:
@@ -521,10 +523,10 @@ FAULTS = {
     "short": (put("actions", np.ones((4, 7))), DEMO, Reason.TOO_SHORT, "4 actions; at least 5 needed"),
     "fewer frames": (put(FRAMES, lambda a: a[1:]), DEMO, Reason.MISSING_FRAMES, "4 frames of 'agentview' for 5 a"),
     "floating frames": (
-        put(FRAMES, lambda a: a / 255),
+        put(FRAMES, lambda a: a / 127.5 - 1),
         DEMO,
         Reason.BAD_FRAMES,
-        "frames of 'agentview' have shape",
+        "frames of 'agentview', shape (5, 32, 32, 3) and type float64, have values from -1 to 1; allowed: 0 to",
     ),
     "hole in frames": (damaged, DEMO, Reason.UNREADABLE, "damaged, or not what it should be"),
     "no words": (speechless, DEMO, Reason.MISSING_KEY, "the instruction is empty; words are needed"),

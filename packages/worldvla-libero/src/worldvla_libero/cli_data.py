@@ -115,6 +115,7 @@ def replay(
     demonstrations, console = open_source(source, replay=True), _console()
     everything, unreadable = demonstrations.list()
     keys = spread(everything, limit)
+    _print_notes(console, demonstrations.notes)
     settings = ReplaySettings(image_size, cameras, wait_steps, not keep_noops)
     with _progress(console, "replaying", len(keys)) as on_part:
         record = run_replay(
@@ -235,6 +236,7 @@ def prepare(
         highlight=False,
         markup=False,
     )
+    _print_notes(console, planned.notes)
     if planned.bytes_peak > free + done and not (out / RECORD_FILE).is_file():
         raise OSError(f"{out}: about {_megabytes(planned.bytes_peak - done)} needed, {_megabytes(free)} free")
     with _progress(console, "preparing", len(planned.keys)) as on_part:
@@ -293,6 +295,11 @@ def _progress(
             bars.update(bar, advance=kept or count_dropped, dropped=f"{dropped} {word}" if dropped else "")
 
         yield on_part
+
+
+def _print_notes(console: Console, notes: Iterable[str]) -> None:
+    for note in notes:
+        console.print(note, style="yellow", highlight=False, markup=False)
 
 
 def _print_dropped(console: Console, dropped: Iterable[Mapping[str, Any]], record: Path | None) -> None:

@@ -55,6 +55,10 @@ class EpisodeError(ValueError):
         return f"{self.reason}: {self.message}"
 
 
+class SourceError(ValueError):
+    """Demonstrations that leave open what they are; refused before the work begins."""
+
+
 class SplitError(ValueError):
     """A split that cannot be made."""
 
@@ -146,8 +150,17 @@ class Source(Protocol):
         """Whether the simulator has to render (and judge) the episodes before they are of use."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What had to be guessed, for people to read before the work begins."""
+        ...
+
     def list(self) -> tuple[Sequence[EpisodeKey], Sequence[Dropped]]:
-        """All episodes, and all files that cannot be read, in an order that depends on names alone."""
+        """All episodes, and all files that cannot be read, in an order that depends on names alone.
+
+        Raises:
+            SourceError: they leave open what they are.
+        """
         ...
 
     def read(self, id: str, cameras: Sequence[str] = ()) -> Episode:

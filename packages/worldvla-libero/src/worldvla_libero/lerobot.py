@@ -104,6 +104,11 @@ class LeRobotSource:
         """False: the frames are there."""
         return False
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing is guessed."""
+        return ()
+
     def list(self) -> tuple[list[EpisodeKey], list[Dropped]]:
         """Episodes by number, read from `meta/episodes` alone, and those (or whole files of them) of no use.
 

@@ -121,6 +121,7 @@ class Plan:
         dimensions: D.
         bytes_final: estimate of the data set's size.
         bytes_peak: estimate of the disk needed on the way: parts and shards side by side.
+        notes: what was guessed, and what one may not expect; for people to read before the work begins.
     """
 
     source: Source
@@ -131,6 +132,7 @@ class Plan:
     dimensions: int
     bytes_final: int
     bytes_peak: int
+    notes: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -181,7 +183,24 @@ def plan(source: Source, settings: PrepareSettings = PrepareSettings(), *, limit
     codes = (settings.image_size // _PIXELS_PER_CODE) ** 2
     size = sum(key.steps for key in keys) * (2 * codes + 8 * dimensions)
     previews = len(keys) * 20_000
-    return Plan(source, keys, unreadable, camera, source.needs_replay, dimensions, size, 2 * size + previews)
+    notes = [*source.notes]
+    splits = split(keys, settings.split, fraction=settings.fraction, seed=settings.seed)
+    if settings.fraction < 1 and set(splits.values()) == {"train"}:
+        notes.append(
+            f"no validation split: {settings.fraction:g} of {len(keys)} episodes, rounded up, is all of them; a "
+            "smaller fraction (--train-fraction) or more episodes leave some"
+        )
+    return Plan(
+        source,
+        keys,
+        unreadable,
+        camera,
+        source.needs_replay,
+        dimensions,
+        bytes_final=size,
+        bytes_peak=2 * size + previews,
+        notes=tuple(notes),
+    )
 
 
 def prepare(
@@ -335,7 +354,8 @@ def choose_camera(source: Source, wanted: str | None = None) -> str:
     known = ", ".join(source.cameras) or "none"
     if wanted is None:
         if not source.cameras:
-            raise PrepareError(f"{source.name} holds no camera frames and cannot be replayed")
+            seen = "".join(f"; {note}" for note in source.notes if "no image" in note)
+            raise PrepareError(f"{source.name} holds no camera frames and cannot be replayed{seen}")
         if len(source.cameras) > 1 and source.cameras[0] not in USUAL_CAMERAS:
             raise PrepareError(f"{source.name} has several cameras: {known}; choose one")
         return source.cameras[0]
