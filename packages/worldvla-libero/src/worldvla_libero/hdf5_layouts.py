@@ -68,10 +68,15 @@ def opened(file: Path) -> Iterator[h5py.File]:
             Reason.UNREADABLE, f"{file.name}: not an HDF5 file, or truncated, or still being copied ({words})"
         ) from error
     with content:
-        if not isinstance(content.get("data"), h5py.Group):
+        try:
+            data, held = content.get("data"), ", ".join(content) or "nothing"
+        except (OSError, RuntimeError, KeyError, ValueError) as error:  # h5py has no type of its own for damage
             raise EpisodeError(
-                Reason.MISSING_KEY,
-                f"{file.name}: no group 'data'; LIBERO's layout needed, found {', '.join(content) or 'nothing'}",
+                Reason.UNREADABLE, f"{file.name}: damaged ({' '.join(str(error).split())})"
+            ) from error
+        if not isinstance(data, h5py.Group):
+            raise EpisodeError(
+                Reason.MISSING_KEY, f"{file.name}: no group 'data'; LIBERO's layout needed, found {held}"
             )
         yield content
 

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
@@ -215,17 +215,41 @@ def read_record(root: Path) -> dict[str, Any]:
     """Content of `dataset.json`.
 
     Raises:
-        ShardError: there is none, or it does not fit its own fingerprint.
+        ShardError: there is none, it is no record, or it does not fit its own fingerprint.
     """
     path = root / RECORD_FILE
     if not path.is_file():
         unfinished = (root / WORK_FOLDER).is_dir()
         remedy = "its preparation has not ended: run it again" if unfinished else "it is no token data set"
         raise ShardError(f"{root} has no {RECORD_FILE}; {remedy}")
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("fingerprint") != fingerprint_of(record.get("settings", {})):
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ShardError(f"{path} is damaged: no JSON ({error})") from error
+    wrong = _wrong_in(record)
+    if wrong:
+        raise ShardError(f"{path} is damaged: {wrong}")
+    if record["fingerprint"] != fingerprint_of(record["settings"]):
         raise ShardError(f"{path} was changed by hand: its settings have another fingerprint than it says")
     return record
+
+
+def _wrong_in(record: Any) -> str | None:
+    """What of a record is not what it should be; None if nothing is."""
+    if not isinstance(record, dict):
+        return f"it holds {type(record).__name__}, not an object"
+    for name, needed in (("fingerprint", str), ("settings", dict), ("splits", dict)):
+        if not isinstance(record.get(name), needed):
+            return f"{name} is {record.get(name)!r}; {needed.__name__} needed"
+    for name, found in record["splits"].items():
+        files = found.get("files") if isinstance(found, dict) else None
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            return f"split {name!r} has no list of files"
+        for file in files:
+            path = PurePosixPath(file)
+            if path.parts[:1] != (DATA_FOLDER,) or ".." in path.parts:
+                return f"split {name!r} has file {file!r}; allowed: those in {DATA_FOLDER}/"
+    return None
 
 
 def dataset_folder(dir_or_repo: str | os.PathLike[str], split: str, **hub: Unpack[HubOptions]) -> Path:

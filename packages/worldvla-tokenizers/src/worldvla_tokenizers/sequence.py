@@ -12,11 +12,12 @@ just generated is the current frame of the next round, so it is not repeated.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -302,7 +303,7 @@ def parse(ids: Sequence[int], vocabulary: Vocabulary, *, dimensions: int = 7) ->
     Raises:
         SequenceError: the first position that does not fit, what was expected there and what was found.
     """
-    tokens = [int(i) for i in ids]
+    tokens = [_whole(i, at) for at, i in enumerate(ids)]
     blocks: list[Block] = []
     at = 0
     while at < len(tokens):
@@ -339,6 +340,13 @@ def actions_of(blocks: Sequence[Block]) -> NDArray[np.int64]:
 def images_of(blocks: Sequence[Block]) -> list[NDArray[np.int64]]:
     """Codes (rows, columns) of each image block, in order."""
     return [block.codes for block in blocks if isinstance(block, ImageBlock)]
+
+
+def _whole(id: SupportsIndex, at: int) -> int:
+    try:
+        return operator.index(id)
+    except TypeError as error:
+        raise SequenceError(f"position {at} holds {id!r}; a whole number needed") from error
 
 
 def _sample(rounds: list[tuple[list[int], list[int]]], vocabulary: Vocabulary, rule: LabelRule) -> Sample:
