@@ -262,20 +262,20 @@ class HDF5Source:
         tasks: dict[str, str] = {}
         guessed: dict[str, None] = {}
         for file in files:
-            told = file.name in shared or _says_nothing(file.name)
+            unclear = file.name in shared or _says_nothing(file.name)
             for demo in file.demos:
                 if file.scene is not None:
                     task = file.scene
-                elif not told:
+                elif not unclear:
                     task = file.name
                 elif demo.words:
                     task = "_".join(demo.words.split())
                 else:
                     task = self._folder_of(file)
                 tasks[f"{file.stem}/{demo.name}"] = task
-                if not demo.words:
+                if not demo.words and file.scene is None:
                     guessed[task] = None
-        notes = [note for file in files for note in file.unread]
+        notes = [] if any(file.cameras for file in files) else [note for file in files[:1] for note in file.unread]
         if guessed:
             names = ", ".join([*guessed][:3]) + (", …" if len(guessed) > 3 else "")
             notes.append(
