@@ -198,7 +198,7 @@ def is_raw(data: h5py.Group) -> bool:
 def cameras_of(demo: h5py.Group) -> dict[str, str]:
     """Key in `obs` of each camera, LIBERO's first: whatever is stored as colour images are."""
     observed = demo.get("obs", {})
-    keys = [key for key in LIBERO_CAMERAS if key in observed]
+    keys = [key for key in LIBERO_CAMERAS if isinstance(observed.get(key), h5py.Dataset)]
     keys += [key for key in observed if key not in keys and _form(key, observed[key]) is not None]
     return {LIBERO_CAMERAS.get(key, key): key for key in keys}
 
