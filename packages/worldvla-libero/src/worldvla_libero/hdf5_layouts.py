@@ -197,15 +197,22 @@ def is_raw(data: h5py.Group) -> bool:
 
 def cameras_of(demo: h5py.Group) -> dict[str, str]:
     """Key in `obs` of each camera, LIBERO's first: whatever is stored as colour images are."""
-    observed = demo.get("obs", {})
+    observed = _observed(demo)
     keys = [key for key in LIBERO_CAMERAS if isinstance(observed.get(key), h5py.Dataset)]
     keys += [key for key in observed if key not in keys and _form(key, observed[key]) is not None]
     return {LIBERO_CAMERAS.get(key, key): key for key in keys}
 
 
+def _observed(demo: h5py.Group) -> Mapping[str, Any]:
+    observed = demo.get("obs", {})
+    if isinstance(observed, h5py.Dataset):
+        raise TypeError("'obs' is an array; a group needed")
+    return observed
+
+
 def unread_images_of(demo: h5py.Group) -> list[str]:
     """What is called like an image and cannot be read as one, with shape and type."""
-    observed = demo.get("obs", {})
+    observed = _observed(demo)
     return [
         f"{key} is {observed[key].shape} {observed[key].dtype}"
         for key in observed
@@ -328,7 +335,7 @@ def proprioception_of(demo: h5py.Group, *, raw: bool) -> NDArray[np.float64] | N
 
     No episode is lost for it: whoever needs it looks whether it is there.
     """
-    observed = demo.get("obs", {})
+    observed = _observed(demo)
     steps = len(demo["actions"])
     parts: list[NDArray[np.float64] | None]
     hand = ("ee_states",) if "ee_states" in observed else ("ee_pos", "ee_ori")
