@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,26 @@ def episodes() -> Callable[..., list[TokenEpisode]]:
 @pytest.fixture
 def data_set() -> Callable[..., Path]:
     return make_data_set
+
+
+@pytest.fixture
+def hub_cache() -> Callable[[Path, str, Path], Path]:
+    """Lays a folder out as huggingface_hub caches a data set: links in a folder named by commit, to blobs."""
+
+    def lay(cache: Path, repository: str, folder: Path) -> Path:
+        base, commit = cache / f"datasets--{repository.replace('/', '--')}", "0123456789abcdef" * 2 + "01234567"
+        (base / "blobs").mkdir(parents=True)
+        for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+            blob = base / "blobs" / f"{number:064d}"
+            shutil.copy(file, blob)
+            link = base / "snapshots" / commit / file.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+        (base / "refs").mkdir()
+        (base / "refs" / "main").write_text(commit)
+        return base / "snapshots" / commit
+
+    return lay
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -13,12 +14,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worldvla_libero.episodes import Dropped, Episode, EpisodeError, EpisodeKey, Reason, check_episode
+from worldvla_libero.episodes import Episode, EpisodeError, EpisodeKey, Reason, check_episode
 from worldvla_libero.lerobot import DataSetExistsError, LeRobotSource, is_lerobot, write_lerobot
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "lerobot"
@@ -225,7 +227,9 @@ def test_folders_that_are_no_data_set_of_version_3(libero, tmp_path):
     broken("v2", Reason.UNREADABLE, r"v2\.1; v3\.x needed.*convert_dataset_v21_to_v30", codebase_version="v2.1")
     broken("v4", Reason.UNREADABLE, r"v4\.0; v3\.x needed", codebase_version="v4.0")
     broken("fps", Reason.UNREADABLE, "fps is '10'; a number above 0 needed", fps="10")
-    broken("keys", Reason.MISSING_KEY, "no data_path, features, fps", text='{"codebase_version": "v3.0"}')
+    broken("inf", Reason.UNREADABLE, "fps is inf; a number above 0 needed", fps=float("inf"))
+    broken("keys", Reason.MISSING_KEY, "no features, fps", text='{"codebase_version": "v3.0"}')
+    broken("features", Reason.UNREADABLE, "features are no object of objects", features=["action"])
     broken("type", Reason.MISSING_KEY, "feature 'action'.*no dtype", features={"action": {"shape": [7]}})
     for root, reason, match in cases:
         for use in (
@@ -236,34 +240,11 @@ def test_folders_that_are_no_data_set_of_version_3(libero, tmp_path):
             with pytest.raises(EpisodeError, match=match) as caught:
                 use(LeRobotSource(root))
             assert caught.value.reason is reason
-    shutil.rmtree(libero / "meta/episodes")
-    with pytest.raises(EpisodeError, match=r"no Parquet file in .*meta/episodes"):
+    shutil.rmtree(libero / "data")
+    with pytest.raises(
+        EpisodeError, match=r"no file of rows .*file_index:03d}\.parquet.*download or copy it again"
+    ):
         LeRobotSource(libero).list()
-
-
-def test_damaged_lists_of_episodes_are_named_and_the_rest_is_kept(libero):
-    whole = (libero / INDEX).read_bytes()
-    table = pq.read_table(libero / INDEX)
-    pq.write_table(table.slice(2), libero / INDEX.replace("file-000", "file-001"))
-    pq.write_table(table.slice(0, 2), libero / INDEX)
-    source = LeRobotSource(libero)
-    assert [key.id for key in source.list()[0]] == [f"episode_{i:06d}" for i in range(4)]
-
-    (libero / INDEX).write_bytes(whole[: len(whole) // 2])
-    keys, (dropped,) = source.list()
-    assert [key.id for key in keys] == ["episode_000002", "episode_000003"]
-    assert (dropped.id, dropped.reason) == (INDEX, "unreadable file")
-    _assert_same(
-        source.read("episode_000003", [AGENTVIEW, WRIST]), _made("libero")[3], {k: k for k in source.cameras}
-    )
-    _refused(source, Reason.UNREADABLE, "'episode_000001' is not in what can be read")
-
-    (libero / INDEX).unlink()
-    assert source.list()[1] == [
-        Dropped("meta/episodes", "unreadable file", "2 episodes are listed; meta/info.json promises 4")
-    ]
-    pq.write_table(table.drop_columns("tasks"), libero / INDEX)
-    assert "no tasks; existing: episode_index" in source.list()[1][0].message
 
 
 @pytest.mark.parametrize("id", ["episode_000004", "episode_1", "demo_0", "", "episode_-00001"])
@@ -299,32 +280,48 @@ def test_one_episode_has_one_task(libero):
     _refused(
         LeRobotSource(libero), Reason.UNREADABLE, "its task changes .put the bowl on the stove; open the drawer"
     )
-    _edit_table(libero / INDEX, tasks=[["a"], ["b", "a"], [], ["a"]])
-    keys, dropped = LeRobotSource(libero).list()
-    assert [key.id for key in keys] == ["episode_000000", "episode_000003"]
-    assert [drop.id for drop in dropped] == ["episode_000001", "episode_000002"]
-    assert [drop.reason for drop in dropped] == [Reason.UNREADABLE, Reason.MISSING_KEY]
-    (libero / "meta/tasks.parquet").unlink()
-    _refused(LeRobotSource(libero), Reason.UNREADABLE, r"meta/tasks\.parquet: missing")
+    keys, (dropped,) = LeRobotSource(libero).list()
+    assert [key.id for key in keys] == ["episode_000000", "episode_000002", "episode_000003"]
+    assert (dropped.id, dropped.reason) == ("episode_000001", Reason.UNREADABLE)
 
 
-def test_rows_are_as_many_as_promised(libero):
-    source = LeRobotSource(libero)
+def test_rows_that_are_missing_are_named_when_episodes_are_listed(libero):
+    def dropped(*ids: str, match: str) -> None:
+        source = LeRobotSource(libero)
+        keys, drops = source.list()
+        assert {drop.id for drop in drops} == {*ids}
+        for key in keys:
+            source.read(key.id, source.cameras)  # what is listed can be read
+        for drop in drops:
+            assert drop.reason == Reason.UNREADABLE
+            if drop.id.startswith("episode"):
+                _refused(source, Reason.UNREADABLE, match, drop.id)
+            else:
+                assert re.search(match, drop.message)
+
     whole = (libero / DATA).read_bytes()
     pq.write_table(pq.read_table(libero / DATA).slice(0, 10), libero / DATA)
-    source.read("episode_000000")
-    _refused(source, Reason.UNREADABLE, f"3 rows in {DATA}; meta/episodes promises 5")
-    (libero / DATA).write_bytes(whole)
-    _edit_table(libero / DATA, frame_index=lambda old: list(reversed(old)))
-    _refused(source, Reason.UNREADABLE, "5 rows .* not in order of frame_index")
+    dropped("episode_000001", match=f"3 rows in {DATA}; meta/episodes promises 5")
+    pq.write_table(pq.read_table(FIXTURES / "libero" / DATA).slice(3), libero / DATA)
+    dropped("episode_000000", match=f"4 rows in {DATA}, whose frame_index is not 0 to 3, each once")
+    both = pa.concat_tables([pq.read_table(FIXTURES / "libero" / DATA), pq.read_table(libero / DATA)])
+    pq.write_table(both, libero / DATA)
+    dropped("episode_000000", "episode_000001", match="rows in .* not 0 to .*; rows are missing or double")
     (libero / DATA).write_bytes(whole[:-100])
-    _refused(source, Reason.UNREADABLE, f"{DATA}: missing, truncated or no Parquet file")
+    damaged = f"{DATA}: missing, truncated or no Parquet file"
+    dropped(DATA, "episode_000000", "episode_000001", match=damaged)
     (libero / DATA).unlink()
-    _refused(source, Reason.UNREADABLE, f"{DATA}: missing, truncated or no Parquet file")
-    _edit_info(libero, data_path="data/{episode}.parquet")
-    _refused(
-        LeRobotSource(libero), Reason.UNREADABLE, "data_path is 'data/{episode}.parquet', which makes no path"
-    )
+    missing = f"no rows in any file that can be read; meta/episodes names {DATA}; download or copy"
+    dropped("episode_000000", "episode_000001", match=missing)
+    (libero / INDEX).unlink()
+    dropped("data", match=r"2 whole episodes and 15 rows in all files; meta/info.json promises 4 and 27")
+
+
+def test_a_file_that_changes_is_noticed(libero):
+    source = LeRobotSource(libero)
+    source.list()
+    pq.write_table(pq.read_table(libero / DATA).slice(0, 10), libero / DATA)
+    _refused(source, Reason.UNREADABLE, f"{DATA} (has )?changed while it was used")
 
 
 def test_unusable_images_and_vectors(libero):
@@ -368,18 +365,13 @@ def test_unusable_videos(so101):
     last = "episode_000002"
     whole = (so101 / file).read_bytes()
     # Of 21 frames 19 are left, so that the last episode lacks two.
-    with av.open(str(so101 / file), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
-        stream.height, stream.width = 32, 48
-        for _ in range(19):
-            frame = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    _write_video(so101 / file, np.zeros((19, 32, 48, 3), np.uint8))
     source.read("episode_000001", [camera])
     _refused(source, Reason.MISSING_FRAMES, f"{file} has 7 frames for 9 rows", last, [camera])
     (so101 / file).write_bytes(whole)
     # Frames of the next episode do not stand in for missing ones.
     _edit_table(so101 / INDEX, **{f"videos/{camera}/to_timestamp": lambda old: [old[0] - 2 / 30, *old[1:]]})
+    source = LeRobotSource(so101)
     _refused(source, Reason.MISSING_FRAMES, "5 frames for 7 rows", "episode_000000", [camera])
     (so101 / file).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(EpisodeError, match=file) as caught:
@@ -389,9 +381,16 @@ def test_unusable_videos(so101):
     _refused(source, Reason.UNREADABLE, f"{file} cannot be decoded", last, [camera])
     (so101 / file).unlink()
     _refused(source, Reason.UNREADABLE, f"{file} cannot be decoded", last, [camera])
-    table = pq.read_table(so101 / INDEX)
-    pq.write_table(table.drop_columns(f"videos/{camera}/from_timestamp"), so101 / INDEX)
-    _refused(source, Reason.MISSING_KEY, f"no videos/{camera}/from_timestamp", last, [camera])
+
+
+def _write_video(path: Path, frames: np.ndarray, rate: int = 30) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
+        stream.height, stream.width = frames.shape[1:3]
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
 
 
 def test_damage_inside_a_video_is_not_passed_off_as_frames(tmp_path):
@@ -404,6 +403,446 @@ def test_damage_inside_a_video_is_not_passed_off_as_frames(tmp_path):
     with pytest.raises(EpisodeError, match=r"file-000\.mp4") as caught:
         LeRobotSource(tmp_path / "set").read("episode_000000", [AGENTVIEW])
     assert caught.value.reason in (Reason.BAD_FRAMES, Reason.UNREADABLE, Reason.MISSING_FRAMES)
+
+
+# --- reading what others wrote
+#
+# Seen in official and converted data sets, in other programs' writers, and in their users' reports:
+#   meta/episodes   without tasks (lerobot/libero); without data/ or videos/ indices, or with none and NaN in them
+#                   (yaak-ai/L2D-v3, GR00T's converter); with data/file_index of the file before (lerobot's own
+#                   converter, HuggingFaceVLA/libero); with scrambled dataset_from_index (the same, of images);
+#                   fewer rows than info.json says (1,691 of 1,693); flat, in one file, as version 2's
+#                   episodes.jsonl, or not there at all
+#   tasks           words as pandas' index with a name or without (`__index_level_0__`), as a column beside an
+#                   index of numbers, with `task_index` as index or only counted, under another name, tasks.jsonl
+#   rows            an episode over two files, rows in another order, files with other names, parts not downloaded,
+#                   files left over from before a conversion, numbers as float or as lists of one
+#   info.json       total_episodes too high after episodes were deleted, or not there; version 2's path fields
+
+
+def _read_as_made(root: Path, name: str = "libero", psnr: float = np.inf, without: tuple[str, ...] = ()) -> None:
+    """All episodes are listed and read, as if the data set were as lerobot left it."""
+    source = pickle.loads(pickle.dumps(LeRobotSource(root)))
+    keys, dropped = source.list()
+    assert not dropped
+    truth = [episode for episode in _made(name) if episode.id not in without]
+    assert keys == [EpisodeKey(e.id, e.task, len(e)) for e in truth]
+    for given_ in truth:
+        got = source.read(given_.id, source.cameras)
+        _assert_same(got, given_, {camera: camera for camera in source.cameras}, psnr=psnr)
+
+
+def _columns(prefix: str) -> list[str]:
+    return [name for name in pq.read_schema(FIXTURES / "libero" / INDEX).names if name.startswith(prefix)]
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ["tasks"],
+        ["data/chunk_index"],
+        ["data/file_index"],
+        ["length"],
+        ["dataset_from_index", "dataset_to_index"],
+        ["episode_index"],
+        ["tasks", "length", "data/chunk_index", "data/file_index", *_columns("dataset"), *_columns("meta")],
+    ],
+    ids=lambda names: names[0].replace("/", "."),
+)
+def test_an_index_without_columns(libero, missing):
+    pq.write_table(pq.read_table(libero / INDEX).drop_columns(missing), libero / INDEX)
+    _read_as_made(libero)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"data/file_index": [0, 0, 0, 0]},
+        {"data/file_index": [7, 7, None, 1], "data/chunk_index": [None, 3, 0, 0]},
+        {"length": [5, 7, 6, 90]},
+        {"dataset_from_index": [20, 0, 7, 3], "dataset_to_index": [0, 0, 0, 0]},
+        {"tasks": [["a"], ["b", "a"], [], None]},
+    ],
+    ids=lambda wrong: next(iter(wrong)).replace("/", "."),
+)
+def test_an_index_that_is_wrong(libero, wrong):
+    _edit_table(libero / INDEX, **wrong)
+    _read_as_made(libero)
+
+
+def _write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+
+
+def _as_floats(table: pa.Table) -> pa.Table:
+    """As pandas leaves them once a cell was empty."""
+    for name in ("episode_index", "data/chunk_index", "data/file_index", "length"):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, table[name].cast(pa.float64()))
+    return table
+
+
+@pytest.mark.parametrize(
+    ("place", "write"),
+    [
+        ("meta/episodes/file-000.parquet", pq.write_table),
+        ("meta/episodes.parquet", pq.write_table),
+        ("meta/episodes/chunk-000/file_000.parquet", lambda table, path: pq.write_table(_as_floats(table), path)),
+        (
+            "meta/episodes.jsonl",
+            lambda table, path: _write_lines(path, table.to_pylist()),
+        ),
+        (INDEX, lambda table, path: path.write_bytes(b"PAR1 no index")),
+        (INDEX, lambda table, path: pq.write_table(table.slice(0, 2), path)),
+        (INDEX, lambda table, path: None),
+    ],
+    ids=["flat", "one file", "floats", "json lines", "damaged", "half", "none"],
+)
+def test_an_index_in_another_place_or_none(libero, place, write):
+    table = pq.read_table(libero / INDEX)
+    table = table.drop_columns([name for name in table.column_names if name.startswith("stats/")])
+    (libero / INDEX).unlink()
+    write(table, libero / place)
+    _read_as_made(libero)
+
+
+@pytest.mark.parametrize("total", [0, 3, 6, "4", None, -1, float("nan")])
+def test_another_count_of_episodes_in_info(libero, total):
+    _edit_info(libero, total_episodes=total)
+    _read_as_made(libero)
+
+
+def test_info_that_says_little(libero, so101):
+    for root, name, psnr in ((libero, "libero", np.inf), (so101, "so101", 34.0)):
+        info = json.loads((root / "meta/info.json").read_text())
+        kept = {key: info[key] for key in ("codebase_version", "fps", "features", "robot_type")}
+        (root / "meta/info.json").write_text(json.dumps(kept | {"codebase_version": "3.0"}))
+        _read_as_made(root, name, psnr)
+
+
+WORDS = ["open the drawer", "put the bowl on the stove"]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"task": WORDS, "task_index": [0, 1]},
+        {"task_index": [0, 1], "__index_level_0__": WORDS},
+        {"task_index": [1, 0], "task": WORDS[::-1], "__index_level_0__": [4, 2]},
+        {"task": WORDS[::-1], "__index_level_0__": [1, 0]},
+        {"task": WORDS},
+        {"task_index": [0.0, 1.0, None], "task": pa.array([*WORDS, None]).dictionary_encode()},
+        {"task_index": [0, 1], "instruction": pa.array(WORDS, pa.large_string())},
+    ],
+    ids=["index with a name", "without", "both", "numbers as index", "counted", "categories", "another name"],
+)
+def test_tables_of_tasks(libero, columns):
+    pq.write_table(pa.table(columns), libero / "meta/tasks.parquet")
+    pq.write_table(pq.read_table(libero / INDEX).drop_columns(["tasks"]), libero / INDEX)
+    _read_as_made(libero)
+
+
+@pytest.mark.parametrize("place", ["meta/tasks.jsonl", "meta/tasks/chunk-000/file_000.parquet", None])
+def test_tasks_in_another_file_or_in_the_index_alone(libero, place):
+    (libero / "meta/tasks.parquet").unlink()
+    rows = [{"task_index": 1, "task": WORDS[1]}, {"task_index": 0, "task": WORDS[0]}]
+    if place:
+        pq.write_table(pq.read_table(libero / INDEX).drop_columns(["tasks"]), libero / INDEX)
+        (libero / place).parent.mkdir(parents=True, exist_ok=True)
+        if place.endswith("jsonl"):
+            _write_lines(libero / place, rows)
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), libero / place)
+    _read_as_made(libero)
+
+
+def test_what_lines_of_an_index_do_not_say_is_passed_over(libero):
+    """Cells of all types, as programs leave them that write JSON themselves."""
+    odd = {"length": 10**400, "data/file_index": "0", "tasks": "open the drawer", "videos/x/from_timestamp": True}
+    rows = [odd, {"episode_index": 1, "tasks": [None, WORDS[1]]}, {"episode_index": "x"}, {"episode_index": 3.0}]
+    (libero / INDEX).unlink()
+    _write_lines(libero / "meta/episodes.jsonl", rows)
+    _read_as_made(libero)
+    for content in ("[1, 2]\n", "{", "\xff", "7"):
+        (libero / "meta/episodes.jsonl").write_text(content, "latin-1")
+        (libero / "meta/tasks.jsonl").write_text(content, "latin-1")
+        _read_as_made(libero)
+
+
+def test_episodes_without_words_are_dropped_by_name(libero):
+    (libero / "meta/tasks.parquet").unlink()
+    _edit_table(libero / INDEX, tasks=[["a"], ["b", "a"], [], [" "]])
+    keys, dropped = LeRobotSource(libero).list()
+    assert keys == [EpisodeKey("episode_000000", "a", 7)]
+    assert [drop.id for drop in dropped] == ["episode_000001", "episode_000002", "episode_000003"]
+    assert [drop.reason for drop in dropped] == [Reason.UNREADABLE, Reason.MISSING_KEY, Reason.MISSING_KEY]
+    assert "its task changes (b; a)" in dropped[0].message
+    assert "no words for its task_index, and no tasks in meta/episodes; meta/tasks.parquet" in dropped[1].message
+    pq.write_table(pa.table({"task_index": [0, 1], "task": [1, 2]}), libero / "meta/tasks.parquet")
+    assert "meta/tasks.parquet: its column task holds no words" in LeRobotSource(libero).list()[1][1].message
+
+
+OTHER = DATA.replace("file-000", "file-001")
+
+
+def _rewrite(root: Path, **tables: pa.Table) -> None:
+    """Lay the rows out anew, in files by name."""
+    shutil.rmtree(root / "data")
+    for name, table in tables.items():
+        path = root / "data" / f"{name.replace('__', '/')}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path, row_group_size=4)
+
+
+def _all_rows() -> pa.Table:
+    return pa.concat_tables([pq.read_table(FIXTURES / "libero" / file) for file in (DATA, OTHER)])
+
+
+def _listed_numbers(table: pa.Table) -> pa.Table:
+    for name in ("episode_index", "frame_index", "task_index"):
+        place = table.schema.get_field_index(name)
+        lists = pa.array([[value] for value in table[name].to_pylist()], pa.list_(pa.float64()))
+        table = table.set_column(place, name, lists)
+    return table
+
+
+@pytest.mark.parametrize(
+    "lay",
+    [
+        lambda rows: {"chunk-000__file-000": rows.slice(0, 9), "chunk-001__file-000": rows.slice(9)},
+        lambda rows: {"chunk-000__file-000": rows.take(np.random.default_rng(0).permutation(27))},
+        lambda rows: {"chunk-000__file-000": rows.take(np.arange(27)[::2]), "b": rows.take(np.arange(27)[1::2])},
+        lambda rows: {"part-10": rows.slice(0, 15), "part-9": rows.slice(15)},
+        lambda rows: {"chunk-000__file-000": _listed_numbers(rows)},
+        lambda rows: {"chunk-000__file-000": rows.drop_columns(["frame_index", "index", "timestamp"])},
+        lambda rows: {"chunk-000__file-000": rows.drop_columns(["task_index"])},
+        lambda rows: {"chunk-000__file-000": rows, "chunk-000__file-001": rows.slice(0, 9), "old": rows.slice(20)},
+    ],
+    ids=["cut", "shuffled", "dealt out", "other names", "lists", "no frames", "no tasks", "left over"],
+)
+def test_rows_that_lie_otherwise(libero, lay):
+    _rewrite(libero, **lay(_all_rows()))
+    _edit_table(libero / INDEX, **{"data/file_index": [0, 0, 0, 0]})
+    _read_as_made(libero)
+
+
+@pytest.mark.parametrize(
+    "tasks", [pa.array([None] * 27, pa.int64()), pa.array([-1] * 27), pa.array(["?"] * 27), pa.array([0.5] * 27)]
+)
+def test_rows_that_do_not_say_their_task(libero, tasks):
+    rows = _all_rows()
+    rows = rows.set_column(rows.schema.get_field_index("task_index"), "task_index", tasks)
+    _rewrite(libero, all=rows)
+    _read_as_made(libero)
+
+
+def test_an_episode_that_is_there_twice_is_refused_where_nothing_tells_which_is_meant(libero):
+    _rewrite(libero, one=_all_rows(), two=_all_rows().slice(0, 7))
+    keys, (dropped,) = LeRobotSource(libero).list()
+    assert [key.id for key in keys] == [f"episode_{i:06d}" for i in (1, 2, 3)]
+    assert "episode_000000: its rows are in data/one.parquet, data/two.parquet alike" in dropped.message
+
+
+def test_rows_of_which_numbers_are_none(libero):
+    for name, values, match in (
+        ("episode_index", [None] * 15, f"{OTHER}: episode_index is empty in some rows"),
+        ("frame_index", [0.5] * 15, f"{OTHER}: frame_index holds no whole numbers"),
+        ("episode_index", [-1] * 15, f"{OTHER}: episode_index -1; allowed: 0 and above"),
+    ):
+        table = pq.read_table(FIXTURES / "libero" / OTHER)
+        place = table.schema.get_field_index(name)
+        pq.write_table(table.set_column(place, name, pa.array(values)), libero / OTHER)
+        keys, dropped = LeRobotSource(libero).list()
+        assert [key.id for key in keys] == ["episode_000000", "episode_000001"]
+        assert dropped[0].id == OTHER
+        assert [drop.id for drop in dropped[1:]] == ["episode_000002", "episode_000003"]
+        assert all(match in drop.message for drop in dropped)
+
+
+def test_states_that_nobody_asked_for_may_be_missing(libero):
+    pq.write_table(pq.read_table(libero / DATA).drop_columns(["observation.state"]), libero / DATA)
+    assert LeRobotSource(libero).read("episode_000001").robot_states is None
+    assert LeRobotSource(libero).read("episode_000002").robot_states is not None
+    asked = LeRobotSource(libero, state_key="observation.state")
+    _refused(asked, Reason.MISSING_KEY, f"{DATA}: no observation.state; existing")
+
+
+TOP, SIDE = "observation.images.top", "observation.images.side"
+
+
+def _without(*names: str):
+    wanted = [f"videos/{camera}/{name}" for camera in (TOP, SIDE) for name in names]
+    return lambda table: table.drop_columns([name for name in wanted if name in table.column_names])
+
+
+def _with(**values):
+    def edit(table: pa.Table) -> pa.Table:
+        for camera in (TOP, SIDE):
+            for name, cells in values.items():
+                column = f"videos/{camera}/{name}"
+                place, type = table.schema.get_field_index(column), table.schema.field(column).type
+                table = table.set_column(place, column, pa.array(cells, type))
+        return table
+
+    return edit
+
+
+ALL = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _without("from_timestamp"),
+        _without("to_timestamp"),
+        _without("from_timestamp", "to_timestamp"),
+        _without("chunk_index"),
+        _without("file_index"),
+        _without(*ALL),
+        _with(from_timestamp=[None, 7 / 30, float("nan"), None]),
+        _with(file_index=[0, 0, 0, 0]),  # its frames are those of the first episode too
+        _with(file_index=[5, 5, 5, 5]),
+        _with(file_index=[1, 1, 1, 1], from_timestamp=[0.0, 7 / 30, 12 / 30, 0.0]),
+        lambda table: None,
+    ],
+    ids=[
+        "no from",
+        "no to",
+        "no times",
+        "no chunk",
+        "no file",
+        "nothing",
+        "nan",
+        "same",
+        "none",
+        "short",
+        "no index",
+    ],
+)
+def test_videos_by_the_lengths_of_episodes(so101, edit):
+    table = edit(pq.read_table(so101 / INDEX))
+    (so101 / INDEX).unlink()
+    if table is not None:
+        pq.write_table(table, so101 / INDEX)
+    _read_as_made(so101, "so101", 34.0)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",  # version 2's
+        "videos/{video_key}/episode_{file_index}.mp4",
+    ],
+)
+def test_a_video_for_each_episode(so101, template):
+    shutil.rmtree(so101 / "videos")
+    for i in range(4):
+        for number, camera in enumerate((TOP, SIDE)):
+            values = {"video_key": camera, "episode_index": i, "episode_chunk": 0, "file_index": i}
+            _write_video(so101 / template.format(**values), MADE["frames"](i, number))
+    _edit_info(so101, video_path=template)
+    pq.write_table(_without(*ALL)(pq.read_table(so101 / INDEX)), so101 / INDEX)
+    _read_as_made(so101, "so101", 30.0)
+
+
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (_without(*ALL), "does not say where they are"),
+        (_with(file_index=[0, 0, 0, 0]), f"gives its frames in videos/{TOP}/chunk-000/file-000.mp4 to others too"),
+    ],
+)
+def test_frames_are_not_guessed(so101, edit, fault):
+    """Lengths that do not add up to those of the files tell nothing."""
+    pq.write_table(edit(pq.read_table(so101 / INDEX)), so101 / INDEX)
+    _write_video(so101 / f"videos/{TOP}/chunk-000/file-001.mp4", MADE["frames"](3, 0)[:-1])
+    match = f"episode_000003: its frames: videos/{TOP}/.* of meta/episodes {fault}.*from_timestamp needed"
+    _refused(LeRobotSource(so101), Reason.MISSING_KEY, match, "episode_000003", [TOP])
+    LeRobotSource(so101).read("episode_000003", [SIDE])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "data/{episode}.parquet",
+        "data/{chunk_index.__class__}.parquet",
+        "data/{chunk_index[0]}.parquet",
+        "data/{chunk_index!r}.parquet",
+        "data/{chunk_index:>9999999999}.parquet",
+        "data/{0}.parquet",
+        "data/{{file_index}}.parquet",
+        "../libero/data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "data/../../libero/data/file.parquet",
+        "/etc/passwd",
+        "C:/data/{file_index}.parquet",
+        "data\\..\\..\\{file_index}.parquet",
+        "data/\0.parquet",
+        "data/\ud800.parquet",
+        "data/" * 99 + "{file_index}.parquet",
+        7,
+        ["data"],
+    ],
+)
+def test_path_templates_that_make_no_path_inside(libero, so101, template):
+    _edit_info(libero, data_path=template)
+    match = "data_path is .*, which makes no path inside the data set's folder"
+    _refused(LeRobotSource(libero), Reason.UNREADABLE, match)
+    with pytest.raises(EpisodeError, match=match):
+        LeRobotSource(libero).list()
+    _edit_info(so101, video_path=template)
+    match = "video_path is .*, which makes no path inside"
+    _refused(LeRobotSource(so101), Reason.UNREADABLE, match, cameras=[TOP])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "data/chunk-{chunk_index}/file-{file_index}.parquet",
+        "data/{file_index:d}.parquet",
+        "rows/{file_index:06}/rows.parquet",
+        "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",  # version 2's
+        "[data]/*{chunk_index}/{file_index}.parquet",
+        "elsewhere/{file_index}.parquet",  # where no file is
+    ],
+)
+def test_path_templates_of_others(libero, template):
+    rows = {i: _all_rows().filter(pc.equal(_all_rows()["episode_index"], i)) for i in range(4)}
+    if not template.startswith("elsewhere"):
+        shutil.rmtree(libero / "data")
+        for i, table in rows.items():
+            values = {"chunk_index": 0, "file_index": i, "episode_chunk": 0, "episode_index": i}
+            path = libero / template.format(**values)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, path)
+    _edit_info(libero, data_path=template)
+    _read_as_made(libero)
+
+
+def test_git_lfs_pointers_are_named(libero, so101):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 281000000\n"
+    for file in libero.rglob("*.parquet"):
+        file.write_bytes(pointer)
+    keys, dropped = LeRobotSource(libero).list()
+    assert (keys, [drop.id for drop in dropped]) == ([], [DATA, OTHER])
+    assert all("it is a Git LFS pointer: fetch the file itself" in drop.message for drop in dropped)
+    for file in so101.rglob("*.mp4"):
+        file.write_bytes(pointer)
+    _refused(LeRobotSource(so101), Reason.UNREADABLE, "cannot be decoded .*a Git LFS pointer", cameras=[TOP])
+
+
+def test_names_of_cameras_lead_nowhere_else(so101):
+    info = json.loads((so101 / "meta/info.json").read_text())
+    evil = "../../../" + TOP
+    _edit_info(so101, features={**info["features"], evil: info["features"][TOP]})
+    _refused(LeRobotSource(so101), Reason.UNREADABLE, "video_path leads to 'videos/../.*out of", cameras=[evil])
+
+
+def test_links_of_the_hubs_cache_lead_out_of_the_folder(tmp_path, hub_cache):
+    for name, psnr in (("libero", np.inf), ("so101", 34.0)):
+        root = hub_cache(tmp_path, f"lab/{name}", FIXTURES / name)
+        assert next(root.rglob("*.parquet")).resolve().parent.name == "blobs"
+        _read_as_made(root, name, psnr)
+        assert LeRobotSource(root).name == name
 
 
 # --- writing
