@@ -612,6 +612,10 @@ def test_a_data_set_of_nothing_is_refused(tmp_path, tiny, quick):
     foreign(source / "b_demo.hdf5")
     with pytest.raises(PrepareError, match=r"source has no episode that can be read: a_demo.*; b_demo.* no group"):
         run(source, tmp_path / "out", tiny)
+    for name in "cdef":
+        truncated(write(tmp_path / "source", name) / f"{name}_demo.hdf5")
+    with pytest.raises(PrepareError, match=r"a_demo.*; b_demo.*; c_demo.*; and 3 more$"):
+        plan(open_source(source))
 
 
 def test_cameras_are_chosen_by_name_where_it_is_not_clear(tmp_path):

@@ -75,7 +75,7 @@ def collect(
 
 
 def replay(
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[OUT]")] = None,
     to: Literal["lerobot", "lerobot-video", "hdf5"] = "lerobot",
     image_size: int = 256,
@@ -93,7 +93,7 @@ def replay(
     Interrupted, the same command goes on.
 
     Args:
-        source: Folder (or file) of raw LIBERO HDF5.
+        source: Folder (or file) of raw LIBERO HDF5, or Hub repository of one.
         out: Folder for the frames.
         to: A LeRobotDataset v3 with lossless images or H.264 videos, or HDF5 with frames and without no-ops.
         image_size: Width and height of the frames in pixels.
@@ -142,7 +142,7 @@ def replay(
 
 
 def prepare(
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     out: Path = Path("worldvla-data"),
     tokenizer: str | None = None,
     image_size: int | None = None,
@@ -171,7 +171,7 @@ def prepare(
     tokenized once. Interrupted, the same command goes on.
 
     Args:
-        source: Folder or file of demonstrations.
+        source: Folder, file or Hub repository of demonstrations.
         out: Folder for the shards, with a page that shows what is inside.
         tokenizer: Folder or Hub repository of the image tokenizer; by default the one of the default model.
         image_size: Size in pixels at which frames are tokenized; by default as saved with the tokenizer, or 256.
@@ -208,7 +208,8 @@ def prepare(
     console = _console()
     place = default_model_path() if tokenizer is None else tokenizer
     size = image_size or load_image_tokenizer(place).image_size or 256
-    keys = {key: value for key, value in {"action_key": action_key, "state_key": state_key}.items() if value}
+    named = {"action_key": action_key, "state_key": state_key}
+    keys: dict[str, Any] = {key: value for key, value in named.items() if value}
     demonstrations = open_source(source, replay={"auto": None, "always": True, "never": False}[replay], **keys)
     settings = PrepareSettings(
         image_size=size,

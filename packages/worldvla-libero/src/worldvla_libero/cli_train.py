@@ -149,7 +149,7 @@ def _train_tokenizer_command(name: str) -> Callable[..., int]:
     frame_settings = FrameSettings(image_size=default.image_size)
 
     def train_tokenizer(
-        source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+        source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
         out: Path = Path("worldvla-tokenizer"),
         recipe: str = name,
         init: str | None = None,
@@ -167,7 +167,7 @@ def _train_tokenizer_command(name: str) -> Callable[..., int]:
         goes on, to the same weights.
 
         Args:
-            source: Folder or file of demonstrations with frames.
+            source: Folder, file or Hub repository of demonstrations with frames.
             out: Folder of the run, and of the image tokenizer in the end.
             recipe: Name of a preset: nano or published.
             init: Folder or Hub repository of the VQ-GAN to start from, whose topology it keeps; by default a fresh
@@ -188,7 +188,7 @@ def _train_tokenizer_command(name: str) -> Callable[..., int]:
 
 
 def _train_tokenizer(
-    source: Path,
+    source: str,
     out: Path,
     init: str | None,
     until: int | None,

@@ -23,7 +23,7 @@ _SHOWN = 5  # ids; the rest is in the record
 
 
 def imagine(
-    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
     out: Path = Path("worldvla-imagine"),
     frames: tuple[int, ...] = (10, 50),
     episodes: int | None = None,
@@ -51,7 +51,8 @@ def imagine(
     image tokenizer reconstructs them stand beside the model. Interrupted, the same command goes on.
 
     Args:
-        data: Token data set of `worldvla prepare`; or demonstrations with frames, HDF5 or LeRobotDataset v3.
+        data: Token data set of `worldvla prepare`; or demonstrations with frames, HDF5 or LeRobotDataset v3. A
+            folder, file or Hub repository.
         out: Folder for world.json, curves, film strips and videos.
         frames: Horizons: how many frames are imagined.
         episodes: Trajectories, one clip of each, taken turn by turn from every task; by default all.

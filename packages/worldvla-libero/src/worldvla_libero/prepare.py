@@ -31,6 +31,7 @@ from worldvla_libero.episodes import (
     spread,
 )
 from worldvla_libero.hdf5 import HDF5Source
+from worldvla_libero.hub_data import data_path
 from worldvla_libero.jobs import WORK_FOLDER, Executor, Job
 from worldvla_libero.lerobot import LeRobotSource, is_lerobot
 from worldvla_libero.replay import Replayer, ReplaySettings
@@ -60,6 +61,7 @@ USUAL_CAMERAS = ("agentview", "observation.images.image", "image")
 
 _PREVIEW_FRAMES, _PREVIEW_HEIGHT, _PREVIEWS_PER_TASK = 6, 96, 2
 _PIXELS_PER_CODE = 16
+_SHOWN_REASONS = 3
 
 
 class PrepareError(ValueError):
@@ -140,25 +142,34 @@ class Plan:
         return sum(key.steps for key in self.keys)
 
 
-def open_source(path: str | os.PathLike[str], *, replay: bool | None = None, **lerobot: Any) -> Source:
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    replay: bool | None = None,
+    download: Callable[..., str] | None = None,
+    **lerobot: Any,
+) -> Source:
     """Demonstrations in a folder (or file), of whatever kind they are.
 
     Args:
-        path: a LeRobotDataset v3, or a folder or file of LIBERO-like HDF5.
+        path: a LeRobotDataset v3, or a folder or file of LIBERO-like HDF5; or, if it is a string and there is
+            none, the Hub repository of one.
         replay: whether HDF5 files have to be replayed; None to tell by the files.
+        download: what fetches a Hub repository, see `data_path`.
         lerobot: options of `LeRobotSource`.
 
     Raises:
-        FileNotFoundError: there are no demonstrations.
+        FileNotFoundError: there are no demonstrations, or the Hub's cannot be fetched.
         PrepareError: `replay` for a data set that the simulator cannot replay.
     """
+    path = data_path(path, download=download)
     if is_lerobot(path):
         if replay:
             raise PrepareError(f"{path} is a LeRobotDataset, which holds no simulator states to replay from")
-        return LeRobotSource(Path(path), **lerobot)
+        return LeRobotSource(path, **lerobot)
     if lerobot:
         raise PrepareError(f"{path} is no LeRobotDataset; options {', '.join(lerobot)} are for those")
-    return HDF5Source(Path(path), replay)
+    return HDF5Source(path, replay)
 
 
 def plan(source: Source, settings: PrepareSettings = PrepareSettings(), *, limit: int | None = None) -> Plan:
@@ -175,8 +186,9 @@ def plan(source: Source, settings: PrepareSettings = PrepareSettings(), *, limit
     everything, unreadable = source.list()
     keys = spread(everything, limit)
     if not keys:
-        reasons = "; ".join(str(dropped.message) for dropped in unreadable) or "it is empty"
-        raise PrepareError(f"{source.name} has no episode that can be read: {reasons}")
+        shown = [dropped.message for dropped in unreadable[:_SHOWN_REASONS]] or ["it is empty"]
+        more = [f"and {len(unreadable) - _SHOWN_REASONS} more"] if len(unreadable) > _SHOWN_REASONS else []
+        raise PrepareError(f"{source.name} has no episode that can be read: {'; '.join([*shown, *more])}")
     camera, dimensions = _camera(source, settings), settings.dimensions
     if dimensions is None:
         dimensions = ACTION_DIM if source.needs_replay else _first_width(source, keys)

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from worldvla_libero.hub_data import data_path
 from worldvla_libero.jobs import WORK_FOLDER
 from worldvla_tokenizers import ActionTokenizer
 from worldvla_tokenizers.action import FILE_NAME as BOUNDS_FILE
@@ -107,6 +108,7 @@ class TokenDataset(Sequence[TokenEpisode]):
 
         Raises:
             ShardError: see the class.
+            DataNotFoundError: there is no such folder, and the Hub's data set cannot be fetched.
         """
         return cls(dataset_folder(dir_or_repo, split, **hub), split)
 
@@ -254,15 +256,12 @@ def _wrong_in(record: Any) -> str | None:
 
 def dataset_folder(dir_or_repo: str | os.PathLike[str], split: str, **hub: Unpack[HubOptions]) -> Path:
     """The folder of a data set: itself if it exists, else the Hub's, downloaded as far as the split needs it."""
-    if Path(dir_or_repo).exists() or not isinstance(dir_or_repo, str):
-        return Path(dir_or_repo)
-    from huggingface_hub import snapshot_download
-
     subfolder = hub.pop("subfolder", None)
     inside = f"{subfolder}/" if subfolder else ""
     names = (RECORD_FILE, BOUNDS_FILE, f"{DATA_FOLDER}/{split}-*")
     options: dict[str, Any] = {**hub, "allow_patterns": [inside + name for name in names]}
-    return Path(snapshot_download(dir_or_repo, repo_type="dataset", **options), subfolder or "")
+    folder = data_path(dir_or_repo, **options)
+    return folder if folder == Path(dir_or_repo) else folder / (subfolder or "")
 
 
 def write_episodes(path: Path, episodes: Iterable[TokenEpisode], metadata: Mapping[str, Any]) -> int:

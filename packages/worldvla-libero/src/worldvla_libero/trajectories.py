@@ -25,6 +25,7 @@ from worldvla_libero.episodes import (
     split,
 )
 from worldvla_libero.hdf5 import SUFFIXES
+from worldvla_libero.hub_data import data_path
 from worldvla_libero.jobs import WORK_FOLDER
 from worldvla_libero.lerobot import is_lerobot
 from worldvla_libero.shards import RECORD_FILE, TokenDataset
@@ -216,7 +217,7 @@ def open_trajectories(
     prepared: str | os.PathLike[str] | None = None,
     **source: Any,
 ) -> Trajectories:
-    """Held-out trajectories of whatever kind a folder (or file) holds.
+    """Held-out trajectories of whatever kind a folder (or file), or else a Hub repository, holds.
 
     Args:
         path: a token data set; or demonstrations with frames, HDF5 or LeRobotDataset.
@@ -229,14 +230,15 @@ def open_trajectories(
         source: further options of `prepare.open_source`.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: there is neither, or the Hub's cannot be fetched.
         ClipError: the demonstrations cannot be read, hold no frames, or none is held out.
         PrepareError: the camera is not clear.
         ShardError: the data set is unfinished or damaged, or has no such split.
     """
     from worldvla_libero.prepare import open_source
 
-    if Path(path, RECORD_FILE).is_file() or Path(path, WORK_FOLDER).is_dir():
+    path = data_path(path)
+    if (path / RECORD_FILE).is_file() or (path / WORK_FOLDER).is_dir():
         return TokenTrajectories(path, split)
     found = open_source(path, **source)
     if found.needs_replay:
