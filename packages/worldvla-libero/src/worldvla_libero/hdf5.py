@@ -35,6 +35,7 @@ from worldvla_libero.hdf5_layouts import (
     words_of,
 )
 from worldvla_libero.hdf5_writer import merge_demonstrations, write_demonstrations
+from worldvla_libero.hub_data import data_name
 from worldvla_libero.suites import instruction_of
 
 __all__ = [
@@ -127,8 +128,8 @@ class HDF5Source:
 
     @property
     def name(self) -> str:
-        """The folder's (or file's) own name."""
-        return self.root.absolute().name
+        """The folder's (or file's) own name, or that of the repository in the Hub's cache."""
+        return data_name(self.root)
 
     @functools.cached_property
     def cameras(self) -> tuple[str, ...]:
