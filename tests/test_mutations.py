@@ -40,8 +40,8 @@ def test_what_is_damaged_is_read_or_refused(mutations, kind):
     assert found.read + found.refused == 60
 
 
-# What of the kinds is not clean yet is not here: `python tools/mutations.py` shows it. HDF5 never will be as long as
-# the library itself crashes or hangs in some of ten thousand damaged files.
+# What of the kinds is not clean yet is not here: `python tools/mutations.py` shows it. HDF5 is not as long as the
+# library itself crashes or hangs in some of ten thousand damaged files.
 @pytest.mark.campaign
 @pytest.mark.parametrize("kind", ["dataset.json", "sequences"])
 def test_ten_thousand_mutations(mutations, kind):
