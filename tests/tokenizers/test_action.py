@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from worldvla_tokenizers import ActionError, ActionTokenizer, VocabularyError
+from worldvla_tokenizers import ActionError, ActionTokenizer, BoundsWarning, VocabularyError
 from worldvla_tokenizers.files import PretrainedFilesError
 
 ours = ActionTokenizer.published()
@@ -70,7 +71,10 @@ def test_constant_dimension_comes_back():
 
 def test_quantile_bounds_leave_outliers_out():
     actions = np.concatenate([np.random.default_rng(0).uniform(-1, 1, (1000, 3)), [[50, 50, 50]]])
-    tokenizer = ActionTokenizer.fit(actions, quantile=0.01)
+    with pytest.warns(
+        BoundsWarning, match=r"clips recorded values: dimension 0: \d+ of 1,001, in -0\.\d+ … 50, to"
+    ):
+        tokenizer = ActionTokenizer.fit(actions, quantile=0.01)
     assert (tokenizer.high < 1.0).all()
     assert (ActionTokenizer.fit(actions).high == 50).all()
     for quantile in (0.0, 0.5, -1, np.nan):
@@ -155,3 +159,131 @@ def test_it_needs_numpy_only():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# --- statistics of real data -------------------------------------------------------------------------------------
+# What others met: a gripper that is open in all but a few steps, whose 1 % and 99 % quantiles are one value, so
+# that closing it could not be said (openvla#184; openpi pads such ranges, others fall back to other statistics);
+# dimensions that are never used and constant (a locked joint, padding to a common width), with noise or without;
+# a gripper of three positions; commands that saturate; faults of a sensor, a thousand times any command.
+
+
+def motions(steps=1000, dimensions=3):
+    return np.random.default_rng(0).normal(size=(steps, dimensions))
+
+
+def fitted(actions, quantile):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokenizer = ActionTokenizer.fit(actions, quantile)
+    assert all(issubclass(warning.category, BoundsWarning) for warning in caught)
+    assert all(warning.filename == __file__ for warning in caught)
+    return tokenizer, [str(warning.message) for warning in caught]
+
+
+def back(tokenizer, value, dimension):
+    action = (tokenizer.low + tokenizer.high) / 2
+    action[dimension] = value
+    return tokenizer.decode(tokenizer.encode(action))[dimension]
+
+
+@pytest.mark.parametrize(
+    ("usual", "rare"),
+    [
+        (-1.0, [1.0] * 5),
+        (-1.0, [1.0]),
+        (1.0, [-1.0] * 9),
+        (0.0, [1.0] * 3),  # a gripper of 0 and 1
+        (0.04, [0.0] * 5),  # of metres
+        (100.0, [0.0, 40.0]),  # of percent
+        (0.0, [-1.0, 1.0, -1.0]),  # both ways from rest
+        ([0.0, 0.0, 1.0], [2.0] * 4),  # three positions, of which two are usual
+        ([-1.0, -1.0, 1.0], [0.0] * 2),  # the rare one between the others
+        (-1.0 + 1e-3 * np.random.default_rng(0).normal(size=1000), [1.0] * 5),  # measured, so with noise
+        (-1.0 + 1e-3 * np.random.default_rng(0).normal(size=1000), [0.98, 0.99, 1.0]),
+    ],
+)
+@pytest.mark.parametrize("quantile", [0.01, 0.05])
+def test_every_command_of_a_rare_gripper_is_in_reach(usual, rare, quantile):
+    actions = motions()
+    actions[:, 2] = np.resize(usual, 1000)
+    actions[100 : 100 + len(rare), 2] = rare
+    tokenizer, words = fitted(actions, quantile)
+    values = actions[:, 2]
+    for value in (values.min(), values.max(), *rare):
+        assert back(tokenizer, value, 2) == pytest.approx(value, abs=np.ptp(values) / 255)
+    within = tokenizer.low[2] == np.quantile(values, quantile) and tokenizer.high[2] == np.quantile(
+        values, 1 - quantile
+    )
+    assert within or f"dimension 2: {values.min():.6g} … {values.max():.6g} (quantiles " in words[0]
+    assert (tokenizer.high[:2] < actions[:, :2].max(axis=0)).all()  # the others keep their quantiles
+
+
+@pytest.mark.parametrize("quantile", [None, 0.01])
+def test_constant_dimensions_need_no_word(quantile):
+    actions = np.concatenate(
+        [np.random.default_rng(0).uniform(-1, 1, (20, 1)), np.full((20, 2), [0.0, 0.3])], axis=1
+    )
+    tokenizer, words = fitted(actions, quantile)
+    np.testing.assert_allclose(tokenizer.decode(tokenizer.encode(actions))[:, 1:], actions[:, 1:], atol=1e-7)
+    assert not any("dimension 1" in message or "dimension 2" in message for message in words)
+
+
+@pytest.mark.parametrize("outliers", [[1e6], [50.0, -80.0, 60.0], [1e3, 1e3]])  # the last: a fault that recurs
+def test_wild_outliers_are_clipped_with_a_word(outliers):
+    actions = motions()
+    actions[: len(outliers), 1] = outliers
+    tokenizer, words = fitted(actions, 0.01)
+    assert abs(tokenizer.low[1]) < 3
+    assert tokenizer.high[1] < 3
+    (message,) = words
+    assert f" of 1,000, in {actions[:, 1].min():.6g} … {actions[:, 1].max():.6g}, to -2." in message
+    assert "dimension 1: " in message
+    assert "None for minimum and maximum" in message
+
+
+def test_minimum_and_maximum_that_are_outliers_are_told():
+    actions = motions()
+    assert fitted(actions, None)[1] == []
+    actions[0, 1] = 1e4
+    tokenizer, words = fitted(actions, None)
+    assert tokenizer.high[1] == 1e4
+    assert back(tokenizer, 0.5, 1) != pytest.approx(0.5, abs=1)  # which is why
+    (message,) = words
+    assert "dimension 1: 90 % in -1." in message
+    assert "… 10000" in message
+    assert "a quantile such as 0.01" in message
+
+
+def test_what_quantiles_do_not_cut_needs_no_word():
+    actions = np.tile([[-1.0, 0.0], [1.0, 0.5]], (50, 1))  # an ordinary gripper
+    tokenizer, words = fitted(actions, 0.01)
+    assert (words, tokenizer.low.tolist(), tokenizer.high.tolist()) == ([], [-1.0, 0.0], [1.0, 0.5])
+    actions = np.random.default_rng(0).uniform(-1, 1, (1000, 20))
+    assert "; and 4 more dimensions; remedy" in fitted(actions, 0.01)[1][0]
+
+
+def test_commands_that_saturate_count_as_the_end_of_a_tail():
+    """As LIBERO's at 0.9375: OpenVLA's quantiles stay what they are, with a word."""
+    actions = motions().clip(-2.7, 2.7)
+    tokenizer, words = fitted(actions, 0.01)
+    np.testing.assert_array_equal([tokenizer.low, tokenizer.high], np.quantile(actions, [0.01, 0.99], axis=0))
+    assert [message.partition(":")[0] for message in words] == ["quantile 0.01 clips recorded values"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+        (b"<html>", "HTML or XML page"),
+        (b"[]", "JSON list; an object"),
+        (b'{"low": [0], "high": [1], "bins": "256"}', "'low', 'high' and 'bins' needed"),
+        (b'{"low": [0], "high": ["a"], "bins": 256}', "'low', 'high' and 'bins' needed"),
+        (b'{"low": [1], "high": [0], "bins": 256}', "dimension 0: low 1.0 is above high 0.0"),
+    ],
+)
+def test_files_that_hold_no_bounds(tmp_path, content, message):
+    (tmp_path / "action_tokenizer.json").write_bytes(content)
+    with pytest.raises(ActionError, match=message) as caught:
+        ActionTokenizer.from_pretrained(tmp_path)
+    assert "action_tokenizer.json" in str(caught.value)

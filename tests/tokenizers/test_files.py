@@ -138,3 +138,58 @@ def test_staged_files_join_the_others(tmp_path):
         "kept": "kept",
         "a": "second",
     }
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "content"),
+    [
+        ("hf://lab/robot", {}, "main"),
+        ("hf://lab/robot/", {}, "main"),
+        ("hf://lab/robot@v1", {}, "v1"),
+        ("hf://lab/robot", {"revision": "v1"}, "v1"),
+        ("hf://lab/robot/model_256/goal", {}, "main goal"),
+        ("hf://lab/robot/model_256/goal/", {}, "main goal"),
+        ("hf://lab/robot@v1/model_256/goal", {}, "v1 goal"),
+        ("hf://lab/robot@v1/model_256", {"subfolder": "goal", "revision": "v1"}, "v1 goal"),
+    ],
+)
+def test_one_string_names_repository_revision_and_folder(
+    tmp_path, monkeypatch, hub_cache, place, options, content
+):
+    write_text_atomic(tmp_path / "lab" / "robot" / "a.json", "local")  # which hf:// never means
+    monkeypatch.chdir(tmp_path)
+    found = resolve_files(place, ["a.json"], cache_dir=hub_cache, local_files_only=True, **options)
+    assert found["a.json"].read_text() == content
+
+
+def test_revisions_of_pull_requests_have_slashes(tmp_path, hub_cache):
+    repository = hub_cache / "models--lab--robot"
+    write_text_atomic(repository / "refs" / "refs" / "pr" / "1", COMMITS["v1"])
+    place = "hf://lab/robot@refs/pr/1/model_256/goal"
+    assert (
+        resolve_files(place, ["a.json"], cache_dir=hub_cache, local_files_only=True)["a.json"].read_text()
+        == "v1 goal"
+    )
+
+
+@pytest.mark.parametrize("place", ["hf://", "hf://robot", "hf://datasets/lab/robot", "hf://lab/robot@/x"])
+def test_other_addresses_are_refused_with_the_form(place):
+    with pytest.raises(PretrainedFilesError, match="it reads hf://organisation/name, "):
+        resolve_files(place, ["a.json"])
+
+
+def test_two_revisions_are_refused():
+    with pytest.raises(PretrainedFilesError, match="names revision 'v1', the argument 'v2'"):
+        resolve_files("hf://lab/robot@v1", ["a.json"], revision="v2")
+
+
+def test_a_folder_too_high_up_is_told_where_the_files_are(tmp_path):
+    """As the authors' repository is laid out: tokenizers in chameleon/tokenizer, models beside."""
+    write_text_atomic(tmp_path / "chameleon" / "tokenizer" / "vqgan.yaml", "")
+    write_text_atomic(tmp_path / "model_256" / "libero_goal" / "config.json", "")
+    with pytest.raises(
+        PretrainedFilesError, match=r"vqgan\.yaml; remedy: subfolder='chameleon/tokenizer' has them$"
+    ):
+        resolve_files(tmp_path, ["vqgan.yaml"])
+    with pytest.raises(PretrainedFilesError, match=r"goal: vqgan\.yaml; remedy: subfolder='chameleon/tokenizer'"):
+        resolve_files(tmp_path, any_of=["vqgan.yaml"], subfolder="model_256/libero_goal")

@@ -6,6 +6,7 @@ import io
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -303,3 +304,81 @@ def test_channels_last_gives_the_same_codes():
     expected = tokenizer.encode(pictures)
     assert tokenizer.to(memory_format=torch.channels_last) is tokenizer
     np.testing.assert_array_equal(tokenizer.encode(pictures), expected)
+
+
+def test_inside_a_model_the_model_says_the_size(tmp_path):
+    """Older models say null, or what the tokenizer was trained with, in image_tokenizer.json."""
+    inside = tmp_path / "image_tokenizer"
+    for saved, expected in ((None, 128), (64, 128)):
+        ImageTokenizer(five_stages(), image_size=saved).save_pretrained(inside)
+        (tmp_path / "config.json").write_text('{"model_type": "worldvla"}')
+        (tmp_path / "processor_config.json").write_text('{"image_size": 128, "history_length": 2}')
+        assert ImageTokenizer.from_pretrained(tmp_path).image_size == expected
+        assert ImageTokenizer.from_pretrained(tmp_path, image_size=32).image_size == 32
+        assert ImageTokenizer.from_pretrained(tmp_path.parent, subfolder=tmp_path.name).image_size == expected
+        assert ImageTokenizer.from_pretrained(inside).image_size == saved
+    (tmp_path / "processor_config.json").write_text("{}")
+    assert ImageTokenizer.from_pretrained(tmp_path).image_size == 64
+    (tmp_path / "processor_config.json").write_text('{"image_size": "128"}')
+    with pytest.raises(
+        ImageError, match=r"processor_config\.json: image_size is '128'; a positive multiple of 32"
+    ):
+        ImageTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_inside_a_model_of_the_hub(tmp_path):
+    repository = tmp_path / "hub" / "models--lab--robot"
+    model = repository / "snapshots" / ("c" * 40) / "nano"
+    ImageTokenizer(five_stages()).save_pretrained(model / "image_tokenizer")
+    (model / "processor_config.json").write_text('{"image_size": 96}')
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v2").write_text("c" * 40)
+    options = {"cache_dir": tmp_path / "hub", "local_files_only": True}
+    for place, named in (
+        ("lab/robot", {"revision": "v2", "subfolder": "nano"}),
+        ("lab/robot", {"revision": "v2", "subfolder": "nano/image_tokenizer", "image_size": 96}),
+        ("hf://lab/robot@v2/nano", {}),
+    ):
+        loaded = ImageTokenizer.from_pretrained(place, **named, **options)
+        assert loaded.image_size == 96
+        assert loaded.codebook_size == 8
+
+
+def five_stages(**fields: Any) -> VQGAN:
+    fields = {
+        "ch": 32,
+        "ch_mult": (1,) * 5,
+        "n_embed": 8,
+        "embed_dim": 8,
+        "z_channels": 8,
+        "num_res_blocks": 1,
+    } | fields
+    return VQGAN(VQGANConfig(**fields)).eval()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_embed": 16_384}, r"codebook of 16384 entries; the vocabulary has ids for 8192 \(4 … 8195\)"),
+        ({"n_embed": 8_193}, "codebook of 8193"),
+        ({"ch_mult": (1,) * 4}, "codes of 8 x 8 pixels; image blocks hold codes of 16 x 16"),  # taming's f8
+        ({"ch_mult": (1,) * 6}, "codes of 32 x 32 pixels"),
+    ],
+)
+def test_codes_that_no_model_could_read(fields, message):
+    with pytest.raises(ImageError, match=message):
+        ImageTokenizer(five_stages(**fields)).check_vocabulary(Vocabulary.published())
+
+
+def test_smaller_codebooks_are_welcome():
+    ImageTokenizer(five_stages()).check_vocabulary(Vocabulary.published())
+    ImageTokenizer(five_stages(n_embed=8_192)).check_vocabulary(Vocabulary.published())
+
+
+def test_another_size_on_the_same_network():
+    tokenizer = ImageTokenizer(small().vqgan, image_size=64, batch_size=3)
+    other = tokenizer.with_image_size(32)
+    assert (other.image_size, other.batch_size, tokenizer.image_size) == (32, 3, 64)
+    assert other.vqgan is tokenizer.vqgan
+    with pytest.raises(ImageError, match="33"):
+        tokenizer.with_image_size(33)

@@ -232,3 +232,97 @@ def test_files_of_another_kind(tmp_path, content):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         TextTokenizer.from_pretrained(tmp_path)
+
+
+# How others write the file: Chameleon, Lumina-mGPT and WorldVLA's authors call it text_tokenizer.json;
+# transformers renames <reserved08707> to <image>, in the table and among the added tokens; others do so in one of
+# the two, or add a second name; people name the tokens they use (end of turn, begin of action); conversations add
+# marks after the table (<|image|>, <|action|>), which are no ids of the model.
+
+
+def test_the_authors_name_of_the_file(tmp_path):
+    (tmp_path / "text_tokenizer.json").write_bytes(TOKENIZER_JSON.read_bytes())
+    assert TextTokenizer.from_pretrained(tmp_path) == published()
+    assert Vocabulary.from_tokenizer(tmp_path) == published().vocabulary
+    (tmp_path / "tokenizer.json").write_text(trained()._serialized)
+    assert TextTokenizer.from_pretrained(tmp_path) == trained()  # what transformers would read comes first
+    assert Vocabulary.from_tokenizer(tmp_path) == trained().vocabulary
+
+
+def renamed(content, old, new, *, vocab=True, added=True):
+    table = content["model"]["vocab"]
+    if vocab:
+        table[new] = table.pop(old)
+    if added:
+        next(token for token in content["added_tokens"] if token["content"] == old)["content"] = new
+
+
+def marks(content, *names):
+    next_id = max(content["model"]["vocab"].values()) + 1
+    content["added_tokens"] += [
+        {"id": next_id + i, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
+        | {"normalized": False, "special": True}
+        for i, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "typed"),
+    [
+        (lambda c: renamed(c, "<reserved08707>", "<image>"), "<image>"),
+        (lambda c: renamed(c, "<reserved08707>", "<image>", added=False), "<image>"),
+        (lambda c: renamed(c, "<reserved08707>", "<image>", vocab=False), "<image>"),
+        (lambda c: renamed(c, "<reserved08706>", "[EOT]"), "[EOT]"),
+        (lambda c: renamed(c, "<reserved10000>", "begin of action"), "begin of action"),
+        (lambda c: renamed(c, "<racm3:break>", "<boi>"), "<boi>"),
+        (
+            lambda c: [renamed(c, f"<reserved{n}>", f"<action_{n - 10_001}>") for n in range(10_002, 10_258)],
+            "<action_7>",
+        ),
+        (lambda c: c["model"]["vocab"].update({"<grid>": 8_804}), "<grid>"),
+        (lambda c: marks(c, "<|image|>", "<|action|>"), "<|image|>"),
+    ],
+    ids=["transformers", "table-only", "added-only", "brackets", "words", "boi", "actions", "two-names", "marks"],
+)
+def test_renamed_tokens_keep_their_ids_and_cannot_be_typed(tmp_path, change, typed):
+    content = json.loads(TOKENIZER_JSON.read_text())
+    change(content)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content, ensure_ascii=False))
+    tokenizer = TextTokenizer.from_file(path)
+    assert tokenizer.vocabulary == published().vocabulary
+    for text in (*TEXTS, f"put {typed} down"):
+        assert tokenizer.encode(text) == published().encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert TextTokenizer.from_pretrained(tmp_path / "saved") == tokenizer
+
+
+@pytest.mark.parametrize(
+    ("old", "message"),
+    [("IMGIMGAZ", "'IMGIMGAZ' should be 4, is missing"), ("<pad>", "'<pad>' should be 1, is missing")],
+)
+def test_names_that_tell_the_layout_cannot_be_renamed(tmp_path, old, message):
+    content = json.loads(TOKENIZER_JSON.read_text())
+    renamed(content, old, "<renamed>")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(VocabularyError, match=message):
+        TextTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html>", "HTML or XML page.*resolve"),
+        (b'{"error": "Repository not found"}', "answer of a server"),
+        (b"", "is empty"),
+        (b'{"model": {"type": "BPE", "vocab": {}}, "added_tokens": [1]}', "'added_tokens' is no list"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": "b"}}}', "id of 'a' is 'b'"),
+    ],
+)
+def test_what_is_no_tokenizer_is_named(tmp_path, content, message):
+    (tmp_path / "text_tokenizer.json").write_bytes(content)
+    for read in (TextTokenizer.from_pretrained, Vocabulary.from_tokenizer):
+        with pytest.raises(VocabularyError, match=message):
+            read(tmp_path)

@@ -30,7 +30,7 @@ def test_names_of_the_layout():
     assert names[1_333 + 4] == "IMGIMGBDDDZ"
     for number in (8_194, 8_706, 8_799, 10_000, 15_000, 16_383):
         assert names[number + 4] == f"<reserved{number:05d}>"
-    table = token_table(TOKENIZER_JSON)
+    table = token_table(json.loads(TOKENIZER_JSON.read_text()), TOKENIZER_JSON)
     assert all(table[name] == i for i, name in enumerate(names))
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
+import pickle
+import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from hypothesis import given, settings
@@ -451,3 +456,89 @@ def test_bad_config_json(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         VQGAN.from_pretrained(tmp_path)
+
+
+# --- files that are not what their names say (the kinds are listed in test_signatures.py) ----------------------
+
+
+def safetensors_bytes() -> bytes:
+    return safetensors.torch.save({"quant_conv.bias": torch.zeros(1)})
+
+
+def torch_bytes(content: object, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 281000000\n"
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>", "HTML or XML page.*resolve"),
+        (b'{"error": "Invalid credentials"}', "answer of a server.*Invalid credentials"),
+        (b"", "is empty"),
+        (safetensors_bytes(), "a file of safetensors.*torch.save"),
+        (pickle.dumps({"state_dict": {}}), "a pickle that torch did not write"),
+        (torch_bytes({"state_dict": {}})[:300], "beginning of a zip"),
+        (torch_bytes({"state_dict": {}}).replace(b"state_dict", b"state\xffdict"), "no whole torch file"),
+        (torch_bytes({"state_dict": {}}, _use_new_zipfile_serialization=False)[:-20], "no whole torch file"),
+    ],
+    ids=["lfs", "html", "json", "empty", "safetensors", "pickle", "cut", "damaged", "cut-legacy"],
+)
+def test_what_is_no_checkpoint_is_named_and_never_to_be_unpickled(tmp_path, content, message, trust):
+    (tmp_path / "vqgan.yaml").write_bytes((TOKENIZER / "vqgan.yaml").read_bytes())
+    (tmp_path / "vqgan.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        VQGAN.from_published(tmp_path, trust_pickle=trust)
+    assert str(tmp_path / "vqgan.ckpt") in str(caught.value)
+    assert "trust" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "Git LFS pointer.*git lfs pull"),
+        (torch_bytes({"a": torch.zeros(1)}), "a file of torch.save.*safetensors.torch.save_file"),
+        (safetensors_bytes()[:-1], "no whole safetensors file.*fetch it again"),
+        (b"\xff" * 64, "of no known kind .it begins with ff ff"),
+    ],
+    ids=["lfs", "torch", "cut", "noise"],
+)
+def test_what_is_no_safetensors_file_is_named(tmp_path, content, message):
+    small().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        VQGAN.from_pretrained(tmp_path)
+    assert "trust" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vqgan.yaml", "config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"), [(POINTER, "Git LFS pointer"), (b"<html>", "HTML"), (b"", "empty")]
+)
+def test_what_is_no_configuration_is_named(tmp_path, name, content, message):
+    published_copy(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} is .*{message}"):
+        VQGAN.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
+def test_classes_that_are_not_installed_are_named(tmp_path, options):
+    """As of pytorch-lightning's callbacks in checkpoints of taming-transformers."""
+    published_copy(tmp_path)
+    callback = type("Callback", (), {"__module__": "lightnin"})
+    with pytest.MonkeyPatch.context() as installed:
+        installed.setitem(sys.modules, "lightnin", SimpleNamespace(Callback=callback))
+        torch.save({"state_dict": {}, "callbacks": callback()}, tmp_path / "vqgan.ckpt", **options)
+    with pytest.raises(
+        CheckpointError, match=r"lightnin\.Callback beside tensors.*need lightnin, which is not inst"
+    ):
+        VQGAN.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="classes that are not installed: No module named 'lightnin'"):
+        VQGAN.from_published(tmp_path, trust_pickle=True)

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from worldvla_tokenizers import sequence
-from worldvla_tokenizers.action import ActionError, ActionTokenizer
+from worldvla_tokenizers.action import ActionError, ActionTokenizer, BoundsWarning
 from worldvla_tokenizers.files import PretrainedFilesError
 from worldvla_tokenizers.sequence import SequenceError
 from worldvla_tokenizers.vocabulary import Vocabulary, VocabularyError
@@ -24,6 +24,7 @@ __all__ = [
     "VQGAN",
     "ActionError",
     "ActionTokenizer",
+    "BoundsWarning",
     "CheckpointError",
     "ImageError",
     "ImageTokenizer",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from worldvla_tokenizers.files import HubOptions, resolve_files, write_text_atomic
+from worldvla_tokenizers.signatures import read_json
 from worldvla_tokenizers.vocabulary import Vocabulary
 
 FILE_NAME = "action_tokenizer.json"
@@ -22,11 +24,22 @@ FILE_NAME = "action_tokenizer.json"
 LIBERO_LOW = (-0.9375, -0.9375, -0.9375, -0.32571429, -0.375, -0.375, -1.0)
 LIBERO_HIGH = (0.9375, 0.9375, 0.9375, 0.375, 0.375, 0.375, 1.0)
 
+# What `fit` says of data whose bounds need a word. Spread is the range of most values of a dimension.
+_FAR = 0.25  # of the spread beyond a quantile bound: where a command that recurs is more than the end of a tail
+_ENOUGH_BINS = 16  # for the spread, where bounds are widened to reach a recurring command
+_OUTLIERS = 64  # times as far apart as the middle 90 % are minimum and maximum then; it gets 4 of 255 bins
+_NEARLY_ONE_VALUE = 0.01  # of a dimension's magnitude: a spread below it is that of one value
+_NAMED = 16  # dimensions in a warning
+
 _EPSILON = 1e-8  # part of the published formula; it also keeps a constant dimension finite
 
 
 class ActionError(ValueError):
     """An action, a set of bounds or a shape that cannot be binned."""
+
+
+class BoundsWarning(UserWarning):
+    """Fitted bounds out of whose reach recorded actions lie, or that had to be wider than was asked for."""
 
 
 class ActionTokenizer:
@@ -81,8 +94,15 @@ class ActionTokenizer:
         Args:
             actions: (*, D) in data units; the training split only.
             quantile: None for minimum and maximum, else q in (0, 0.5): bounds are the q and 1 - q quantiles,
-                so that outliers are clipped rather than widening every bin (OpenVLA uses 0.01).
+                so that outliers are clipped rather than widening every bin (OpenVLA uses 0.01). Minimum and
+                maximum hold all the same for a dimension that is nearly always one value (a gripper that seldom
+                moves), and bounds are widened to commands that recur far beyond the quantiles.
             bins: bins per dimension.
+
+        Warns:
+            BoundsWarning: bounds are wider than the quantiles; recorded values lie beyond the bounds, to which
+                they are clipped; or, of minimum and maximum, so few outliers set them that nearly all values
+                share a few bins. Dimensions and values are named.
 
         Raises:
             ActionError: no action, a value that is not finite, or a quantile out of range.
@@ -93,11 +113,15 @@ class ActionTokenizer:
         _check_finite(array)
         array = array.reshape(-1, array.shape[-1])
         if quantile is None:
+            _warn_of_outliers(array)
             return cls(array.min(axis=0), array.max(axis=0), bins=bins)
         if not 0.0 < quantile < 0.5:
             raise ActionError(f"quantile is {quantile}; allowed: above 0 and below 0.5, or None")
         low, high = np.quantile(array, [quantile, 1.0 - quantile], axis=0)
-        return cls(low, high, bins=bins)
+        bounds = [_widened(*column, bins) for column in zip(array.T, low, high, strict=True)]
+        fitted = cls(*zip(*bounds, strict=True), bins=bins)
+        _warn_of_quantiles(array, low, high, fitted, quantile)
+        return fitted
 
     @property
     def dimensions(self) -> int:
@@ -189,12 +213,11 @@ class ActionTokenizer:
             FileNotFoundError: there is no such file.
         """
         path = resolve_files(dir_or_repo, [FILE_NAME], **hub)[FILE_NAME]
+        content = read_json(path, ActionError)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            low, high, bins = content["low"], content["high"], content["bins"]
+            return cls(content["low"], content["high"], bins=content["bins"])
         except (ValueError, KeyError, TypeError) as error:
             raise ActionError(f"{path}: 'low', 'high' and 'bins' needed: {error!r}") from error
-        return cls(low, high, bins=bins)
 
     def __repr__(self) -> str:
         return f"ActionTokenizer(low={self.low.tolist()}, high={self.high.tolist()}, bins={self.bins})"
@@ -236,6 +259,80 @@ def _bounds(values: ArrayLike, name: str) -> NDArray[np.float64]:
     if not np.isfinite(array).all():
         raise ActionError(f"{name} is {array.tolist()}; every bound must be finite")
     return array
+
+
+def _widened(values: NDArray[np.float64], low: float, high: float, bins: int) -> tuple[float, float]:
+    """Quantile bounds of one dimension (N,), as wide as its commands need."""
+    least, most, spread = float(values.min()), float(values.max()), high - low
+    if spread <= _NEARLY_ONE_VALUE * max(abs(low), abs(high)):
+        return least, most  # nearly always one value: what else it can be lies beyond any quantile
+    beyond = values[(values < low - _FAR * spread) | (values > high + _FAR * spread)]
+    found, counts = np.unique(beyond, return_counts=True)
+    recurring = found[counts > 1]
+    if recurring.size == 0:
+        return low, high
+    wide = min(low, float(recurring[0])), max(high, float(recurring[-1]))
+    # So far away that reaching it would leave everything else a few bins, it is a fault that recurs.
+    return wide if spread * (bins - 1) >= _ENOUGH_BINS * (wide[1] - wide[0]) else (low, high)
+
+
+def _warn_of_quantiles(
+    array: NDArray[np.float64],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+    fitted: ActionTokenizer,
+    quantile: float,
+) -> None:
+    widened, clipped = [], []
+    half_a_bin = (fitted.high - fitted.low) / (fitted.bins - 1) / 2
+    for d in range(fitted.dimensions):
+        column, bounds = array[:, d], f"{fitted.low[d]:.6g} … {fitted.high[d]:.6g}"
+        outside = int(((column < low[d]) | (column > high[d])).sum())
+        if (fitted.low[d], fitted.high[d]) != (low[d], high[d]):
+            widened.append(
+                f"dimension {d}: {bounds} (quantiles {low[d]:.6g} … {high[d]:.6g}, with {outside:,} of "
+                f"{len(column):,} values beyond)"
+            )
+        unreachable = (column < fitted.low[d] - half_a_bin[d]) | (column > fitted.high[d] + half_a_bin[d])
+        if unreachable.any():
+            clipped.append(
+                f"dimension {d}: {int(unreachable.sum()):,} of {len(column):,}, in {column.min():.6g} … "
+                f"{column.max():.6g}, to {bounds}"
+            )
+    if widened:
+        _warn(
+            f"quantile {quantile} would put recorded commands out of reach; bounds are wider there: ",
+            widened,
+            "",
+        )
+    if clipped:
+        _warn(
+            f"quantile {quantile} clips recorded values: ",
+            clipped,
+            "; remedy, if they are commands and no outliers: a smaller quantile, or None for minimum and maximum",
+        )
+
+
+def _warn_of_outliers(array: NDArray[np.float64]) -> None:
+    least, most = array.min(axis=0), array.max(axis=0)
+    low, high = np.quantile(array, [0.05, 0.95], axis=0)
+    middle = high - low
+    strange = (middle > _NEARLY_ONE_VALUE * np.maximum(abs(low), abs(high))) & (middle * _OUTLIERS < most - least)
+    if strange.any():
+        _warn(
+            "minimum and maximum lie so far out that most values share a few bins: ",
+            [
+                f"dimension {d}: 90 % in {low[d]:.6g} … {high[d]:.6g}, all in {least[d]:.6g} … {most[d]:.6g}"
+                for d in np.flatnonzero(strange)
+            ],
+            "; remedy: leave the outliers out of the data, or cut them with a quantile such as 0.01",
+        )
+
+
+def _warn(head: str, dimensions: Sequence[str], remedy: str) -> None:
+    more = f"; and {len(dimensions) - _NAMED} more dimensions" if len(dimensions) > _NAMED else ""
+    # The caller of `fit`, which calls the one that calls this.
+    warnings.warn(head + "; ".join(dimensions[:_NAMED]) + more + remedy, BoundsWarning, stacklevel=4)
 
 
 def _check_finite(array: NDArray[np.float64]) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -14,6 +14,12 @@ from uuid import uuid4
 
 # `name` or `organisation/name`, as the Hub spells repositories; anything else can only be a path.
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# A place inside a repository in one string, as huggingface_hub's file system spells it.
+_HUB_PATH = re.compile(
+    r"hf://(?!(?:datasets|spaces)/)(?P<repository>[^/@]+/[^/@]+)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<subfolder>[^/].*?))?/?"
+)
+_SUGGESTED_DEPTH = 3  # folders below one that lacks a file, in which it is looked for to say where it is
 
 
 class HubOptions(TypedDict, total=False):
@@ -56,7 +62,8 @@ def resolve_files(
 
     Args:
         dir_or_repo: a local folder if it exists; else, if it is a string, a Hub repository id
-            (`organisation/name`). An `os.PathLike` always means a local folder.
+            (`organisation/name`). An `os.PathLike` always means a local folder. Where one string has to say all,
+            `hf://organisation/name@revision/sub/folder` does; revision and subfolder can be left out.
         names: files that must be there.
         any_of: files of which at least one must be there.
         optional: files that may be there.
@@ -76,10 +83,14 @@ def resolve_files(
     """
     wanted = (*names, *any_of, *optional)
     folder = Path(dir_or_repo)
-    if folder.is_dir():
-        folder = folder / (subfolder or "")
-        found = {name: folder / name for name in wanted if (folder / name).is_file()}
-        _require(names, any_of, found, f"the folder {folder.absolute()}")
+    if isinstance(dir_or_repo, str) and dir_or_repo.startswith("hf://"):
+        dir_or_repo, revision, subfolder = _hub_place(dir_or_repo, revision, subfolder)
+    elif folder.is_dir():
+        inside = folder / (subfolder or "")
+        found = {name: inside / name for name in wanted if (inside / name).is_file()}
+        if missing := _missing(names, any_of, found):
+            hint = _elsewhere(folder, names or any_of)
+            raise PretrainedFilesError(f"not found in the folder {inside.absolute()}: {missing}{hint}")
         return found
 
     described = ", ".join(wanted) + (f" in subfolder {subfolder!r}" if subfolder else "")
@@ -124,9 +135,13 @@ def resolve_files(
                 f"{nowhere}, and the Hub answers for {_hub_name(dir_or_repo, revision)}: {error}"
             ) from error
         except EntryNotFoundError:
-            continue  # The repository has no such file; `_require` reports it if it must be there.
-    where = f"{_hub_name(dir_or_repo, revision)} (and {str(folder)!r} is no local folder)"
-    _require(names, any_of, found, where, unreachable)
+            continue  # The repository has no such file; it is reported below if it must be there.
+    if missing := _missing(names, any_of, found):
+        where = f"{_hub_name(dir_or_repo, revision)}{f', subfolder {subfolder!r}' if subfolder else ''}"
+        reason = f": {unreachable}" if unreachable else "; for files in another folder of it give subfolder="
+        raise PretrainedFilesError(
+            f"not found in {where} (and {str(folder)!r} is no local folder): {missing}{reason}"
+        ) from unreachable
     return found
 
 
@@ -216,19 +231,32 @@ def push_folder(
     return commit.commit_url
 
 
-def _require(
-    names: Sequence[str],
-    any_of: Sequence[str],
-    found: dict[str, Path],
-    where: str,
-    unreachable: Exception | None = None,
-) -> None:
+def _missing(names: Sequence[str], any_of: Sequence[str], found: Mapping[str, Path]) -> str:
+    """The files that must be there and are not, for a message; empty if there are none."""
     missing = [name for name in names if name not in found]
     if any_of and not any(name in found for name in any_of):
         missing.append(" or ".join(any_of))
-    if missing:
-        reason = f": {unreachable}" if unreachable else ""
-        raise PretrainedFilesError(f"not found in {where}: {', '.join(missing)}{reason}") from unreachable
+    return ", ".join(missing)
+
+
+def _elsewhere(folder: Path, names: Sequence[str]) -> str:
+    """Where below a folder the files are, for whoever gave one too high up: a part of a message."""
+    patterns = ["*/" * depth + name for depth in range(1, _SUGGESTED_DEPTH + 1) for name in names]
+    places = {path.parent.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
+    return f"; remedy: subfolder={' or '.join(map(repr, sorted(places)[:3]))} has them" if places else ""
+
+
+def _hub_place(path: str, revision: str | None, subfolder: str | None) -> tuple[str, str | None, str | None]:
+    parts = _HUB_PATH.fullmatch(path)
+    if parts is None:
+        raise PretrainedFilesError(
+            f"{path!r} is no place in a model repository of the Hub; it reads hf://organisation/name, "
+            "hf://organisation/name@revision or hf://organisation/name@revision/sub/folder"
+        )
+    if None not in (revision, parts["revision"]) and revision != parts["revision"]:
+        raise PretrainedFilesError(f"{path!r} names revision {parts['revision']!r}, the argument {revision!r}")
+    inside = "/".join(part for part in (parts["subfolder"], subfolder) if part)
+    return parts["repository"], revision or parts["revision"], inside or None
 
 
 def _hub_name(repo_id: str, revision: str | None) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TypeAlias, Unpack
 
 import numpy as np
@@ -14,14 +15,22 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from worldvla_tokenizers.files import HubOptions, resolve_files, staged_folder, write_text_atomic
-from worldvla_tokenizers.vqgan import VQGAN
+from worldvla_tokenizers.signatures import read_json
+from worldvla_tokenizers.vocabulary import Vocabulary
+from worldvla_tokenizers.vqgan import CONFIG_NAME, VQGAN
 
 SETTINGS_NAME = "image_tokenizer.json"
 FOLDER_NAME = "image_tokenizer"
 """Folder of the image tokenizer beside a model's weights."""
 
+MODEL_SETTINGS_NAME = "processor_config.json"
+"""Where a model says what it was trained with; `image_size` in it counts for the image tokenizer inside, too."""
+
 UNIT = 32
 """Pixels of one unit of image size, as the grid tokens count it."""
+
+CODE = 16
+"""Pixels of one code along each side in an image block."""
 
 _MAX_ASPECT_RATIO = 4.0
 _WHITE = (255, 255, 255, 255)
@@ -87,8 +96,8 @@ class ImageTokenizer:
         """Load a VQ-GAN, ours or published (see `VQGAN.from_pretrained`), and the image size saved with it.
 
         Args:
-            dir_or_repo: a folder, or the id of a Hub repository.
-            image_size: target in pixels; None for the saved one, if any.
+            dir_or_repo: a folder, or the id of a Hub repository: of the tokenizer, or of a model with one inside.
+            image_size: target in pixels; None for the saved one, if any. Inside a model, the model's counts.
             device: where to compute (default: CPU).
             dtype: type to compute in; the search for the nearest code is in fp32 at any rate.
             hub: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only`, as in transformers.
@@ -98,9 +107,18 @@ class ImageTokenizer:
             ImageError: the settings file holds something else than an image size.
             FileNotFoundError: there is no VQ-GAN.
         """
+        config_inside, settings_inside = f"{FOLDER_NAME}/{CONFIG_NAME}", f"{FOLDER_NAME}/{SETTINGS_NAME}"
+        found = resolve_files(
+            dir_or_repo, optional=[config_inside, settings_inside, MODEL_SETTINGS_NAME, SETTINGS_NAME], **hub
+        )
+        sizes = [SETTINGS_NAME]
+        if config_inside in found:
+            hub["subfolder"] = "/".join(part for part in (hub.get("subfolder"), FOLDER_NAME) if part)
+            sizes = [MODEL_SETTINGS_NAME, settings_inside]
         vqgan = VQGAN.from_pretrained(dir_or_repo, device=device, dtype=dtype, **hub)
-        if image_size is None:
-            image_size = _saved_image_size(dir_or_repo, **hub)
+        for name in sizes:
+            if image_size is None and name in found:
+                image_size = _saved_image_size(found[name], required=name != MODEL_SETTINGS_NAME)
         return cls(vqgan, image_size=image_size)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -108,6 +126,35 @@ class ImageTokenizer:
         with staged_folder(folder) as stage:
             self.vqgan.save_pretrained(stage)
             write_text_atomic(stage / SETTINGS_NAME, json.dumps({"image_size": self.image_size}) + "\n")
+
+    def with_image_size(self, image_size: int | None) -> ImageTokenizer:
+        """A tokenizer of the same network, which both share, that fits images to another size.
+
+        Raises:
+            ImageError: `image_size` is no multiple of 32.
+        """
+        return ImageTokenizer(self.vqgan, image_size=image_size, batch_size=self.batch_size)
+
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Make sure that image blocks can hold what `encode` gives, before work is done with it.
+
+        Args:
+            vocabulary: owner of the ids of the codes.
+
+        Raises:
+            ImageError: there are more codes than ids, or a code is not one of 16 x 16 pixels.
+        """
+        ids, factor = vocabulary.image_range, self.vqgan.config.factor
+        if self.codebook_size > len(ids):
+            raise ImageError(
+                f"the image tokenizer has a codebook of {self.codebook_size} entries; the vocabulary has ids for "
+                f"{len(ids)} ({ids[0]} … {ids[-1]}); remedy: an image tokenizer with n_embed of at most {len(ids)}"
+            )
+        if factor != CODE:
+            raise ImageError(
+                f"the image tokenizer has codes of {factor} x {factor} pixels; image blocks hold codes of {CODE} "
+                f"x {CODE}; remedy: an image tokenizer with 5 stages (ch_mult)"
+            )
 
     @property
     def codebook_size(self) -> int:
@@ -356,13 +403,16 @@ def _check_batch_size(batch_size: int) -> None:
         raise ImageError(f"batch_size is {batch_size}; at least 1 needed")
 
 
-def _saved_image_size(dir_or_repo: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> int | None:
-    found = resolve_files(dir_or_repo, optional=[SETTINGS_NAME], **hub)
-    if SETTINGS_NAME not in found:
-        return None
-    path = found[SETTINGS_NAME]
+def _saved_image_size(path: Path, *, required: bool) -> int | None:
+    content = read_json(path, ImageError)
+    if required and "image_size" not in content:
+        raise ImageError(f"{path} holds {', '.join(content) or 'nothing'}; 'image_size' needed")
+    image_size = content.get("image_size")
     try:
-        image_size = json.loads(path.read_text(encoding="utf-8"))["image_size"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ImageError(f"{path}: 'image_size' needed: {error!r}") from error
+        if image_size is not None:
+            crop_sizes(image_size)
+    except (ImageError, TypeError) as error:  # TypeError: a value that cannot be looked up in the cache
+        raise ImageError(
+            f"{path}: image_size is {image_size!r}; a positive multiple of {UNIT} px needed"
+        ) from error
     return image_size

@@ -13,9 +13,18 @@ from numpy.typing import ArrayLike
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from worldvla_tokenizers.files import HubOptions, resolve_files, staged_folder, write_text_atomic
-from worldvla_tokenizers.vocabulary import FIRST_TEXT_ID, Vocabulary, VocabularyError, layout
+from worldvla_tokenizers.signatures import read_text
+from worldvla_tokenizers.vocabulary import (
+    FIRST_TEXT_ID,
+    TOKENIZER_NAMES,
+    Vocabulary,
+    VocabularyError,
+    layout,
+    may_rename,
+    token_table,
+)
 
-FILE_NAME = "tokenizer.json"
+FILE_NAME = TOKENIZER_NAMES[0]
 CONFIG_NAME = "tokenizer_config.json"
 
 # What transformers.AutoTokenizer needs to know beside tokenizer.json.
@@ -60,15 +69,24 @@ class TextTokenizer:
 
     def __init__(self, serialized: str, *, origin: str = FILE_NAME) -> None:
         content = _parse(serialized, origin)
+        table = token_table(content, origin)
         pieces: dict[str, int] = content["model"]["vocab"]
         added: list[dict[str, Any]] = content.get("added_tokens") or []
-        table = pieces | {token["content"]: token["id"] for token in added}
-        self.vocabulary = Vocabulary.from_mapping(table, origin=origin)
+        special = {token["content"] for token in added}
+        # Marks that conversations add after the text pieces, such as `<|image|>`: no text makes them, and models
+        # have no rows for them.
+        marks = {token["content"] for token in added if token.get("special") and token["id"] >= FIRST_TEXT_ID}
+        table = {name: i for name, i in table.items() if name not in marks}
+        self.vocabulary = Vocabulary.from_mapping(table, origin=origin, special=special)
         self._serialized = serialized
 
         fixed = set(layout())
         unknown = content["model"].get("unk_token")
-        stray = {name: i for name, i in table.items() if name not in fixed and i < FIRST_TEXT_ID}
+        stray = {
+            name: i
+            for name, i in table.items()
+            if i < FIRST_TEXT_ID and name not in fixed and not may_rename(name, i, special)
+        }
         if stray:
             raise VocabularyError(
                 f"{origin}: text pieces on ids of fixed tokens (0 … {FIRST_TEXT_ID - 1}): "
@@ -80,8 +98,9 @@ class TextTokenizer:
         )
         # Whatever frames, cuts or pads a sequence is the business of `sequence`, not of the text in it.
         content.update(truncation=None, padding=None, post_processor=None)
-        content["added_tokens"] = [token for token in added if token["content"] not in fixed]
-        content["model"]["vocab"] = {name: i for name, i in pieces.items() if name not in fixed or name == unknown}
+        text = {name for name, i in table.items() if i >= FIRST_TEXT_ID}
+        content["added_tokens"] = [token for token in added if token["content"] in text]
+        content["model"]["vocab"] = {name: i for name, i in pieces.items() if name in text or name == unknown}
         try:
             self._model = Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # tokenizers raises nothing narrower
@@ -92,30 +111,28 @@ class TextTokenizer:
 
     @classmethod
     def from_pretrained(cls, dir_or_repo: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> TextTokenizer:
-        """Read the `tokenizer.json` of a folder or a Hub repository.
+        """Read the `tokenizer.json`, or else `text_tokenizer.json`, of a folder or a Hub repository.
 
         Args:
             dir_or_repo: a folder, or the id of a Hub repository.
             hub: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only`, as in transformers.
 
         Raises:
-            VocabularyError: the layout is not the published one.
+            VocabularyError: the layout is not the published one, or the file is of another kind.
             FileNotFoundError: there is no such file.
         """
-        return cls.from_file(resolve_files(dir_or_repo, [FILE_NAME], **hub)[FILE_NAME])
+        found = resolve_files(dir_or_repo, any_of=TOKENIZER_NAMES, **hub)
+        return cls.from_file(next(found[name] for name in TOKENIZER_NAMES if name in found))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> TextTokenizer:
-        """Read a `tokenizer.json`.
+        """Read a `tokenizer.json`, under whatever name.
 
         Raises:
-            VocabularyError: the layout is not the published one.
+            VocabularyError: the layout is not the published one, or the file is of another kind.
             FileNotFoundError: there is no such file.
         """
-        try:
-            return cls(Path(path).read_text(encoding="utf-8"), origin=str(path))
-        except UnicodeDecodeError as error:
-            raise VocabularyError(f"{path} is no UTF-8 text: {error}") from error
+        return cls(read_text(Path(path), "Hugging Face tokenizer.json", VocabularyError), origin=str(path))
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int = 65_536, pad_to: int | None = None) -> TextTokenizer:
@@ -236,7 +253,7 @@ class TextTokenizer:
 def _parse(serialized: str, origin: str) -> dict[str, Any]:
     try:
         content = json.loads(serialized)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise VocabularyError(f"{origin} is no JSON: {error}") from error
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):

@@ -6,16 +6,25 @@ is the same for every checkpoint of the family; only the text pieces after it de
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from worldvla_tokenizers.signatures import read_json
+
+TOKENIZER_NAMES = ("tokenizer.json", "text_tokenizer.json")
+"""The text tokenizer's file, as transformers and as Chameleon's and WorldVLA's authors name it, in this order."""
+
 FIRST_TEXT_ID = 16_388
 """Every id below belongs to a special, image or reserved token; text pieces start here."""
+
+# No piece of byte-level BPE reads so: it takes brackets and letters apart before it merges anything.
+_TOKEN_NAME = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 _LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
 
@@ -87,7 +96,7 @@ class Vocabulary:
         """Read a Hugging Face `tokenizer.json` and check that its layout is the published one.
 
         Args:
-            path: the file, or a folder that holds a `tokenizer.json`.
+            path: the file, or a folder that holds a `tokenizer.json` or `text_tokenizer.json`.
 
         Returns:
             A vocabulary whose `size` is the number of ids the file names.
@@ -97,8 +106,13 @@ class Vocabulary:
             FileNotFoundError: there is no such file.
         """
         path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        return cls.from_mapping(token_table(path), origin=str(path))
+        if path.is_dir():
+            first, *others = (path / name for name in TOKENIZER_NAMES)
+            path = next((file for file in others if file.is_file() and not first.is_file()), first)
+        content = read_json(path, VocabularyError)
+        table = token_table(content, path)
+        special = {token["content"] for token in content.get("added_tokens") or ()}
+        return cls.from_mapping(table, origin=str(path), special=special)
 
     @classmethod
     def from_config(cls, path: str | Path) -> Vocabulary:
@@ -116,35 +130,48 @@ class Vocabulary:
         """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        config = _read_object(path)
-        table = config.get("vocabulary_map")
+        config = read_json(path, VocabularyError)
+        table, size = config.get("vocabulary_map"), config.get("vocab_size")
+        if size is not None and type(size) is not int:
+            raise VocabularyError(f"{path}: vocab_size is {size!r}; a whole number needed")
         if not isinstance(table, dict):
             raise VocabularyError(
                 f"{path} has no 'vocabulary_map'; published checkpoints carry one. "
                 "Read the tokenizer with Vocabulary.from_tokenizer('tokenizer.json') instead"
             )
-        # The checkpoint's config renames one reserved token; the tokenizer file does not.
-        table = {("<reserved08707>" if name == "<image>" else name): index for name, index in table.items()}
-        return cls.from_mapping(table, origin=f"vocabulary_map of {path}", size=config.get("vocab_size"))
+        return cls.from_mapping(table, origin=f"vocabulary_map of {path}", size=size)
 
     @classmethod
     def from_mapping(
-        cls, table: Mapping[str, int], *, origin: str = "token table", size: int | None = None
+        cls,
+        table: Mapping[str, int],
+        *,
+        origin: str = "token table",
+        size: int | None = None,
+        special: Collection[str] = (),
     ) -> Vocabulary:
         """Check a table of token → id against the published layout.
+
+        It is the ids that count: tokens from `eoi` on may have been renamed, as transformers renames
+        `<reserved08707>` to `<image>`. The 8,192 names of image codes and the first four have to be there.
 
         Args:
             table: every token and its id.
             origin: what to call the table in an error.
             size: rows of the model's embedding, where it is larger than the table (padding).
+            special: tokens known to be no text, whatever their names.
 
         Raises:
             VocabularyError: a needed token is missing or stands elsewhere, or an id lies outside `size`.
         """
+        strange = next((name for name, index in table.items() if type(index) is not int or index < 0), None)
+        if strange is not None:
+            raise VocabularyError(f"{origin}: id of {strange!r} is {table[strange]!r}; a whole number needed")
+        renamed = {index for name, index in table.items() if may_rename(name, index, special)}
         wrong = [
             f"{name!r} should be {index}, " + (f"is {table[name]}" if name in table else "is missing")
             for index, name in enumerate(layout())
-            if table.get(name) != index
+            if table.get(name) != index and (name in table or index not in renamed)
         ]
         if wrong:
             shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
@@ -254,32 +281,30 @@ def layout() -> Iterator[str]:
         yield f"<reserved{number:05d}>"
 
 
-def token_table(path: Path) -> dict[str, int]:
-    """Every token and id of a Hugging Face `tokenizer.json`, added tokens included.
+def may_rename(name: str, index: int, special: Collection[str] = ()) -> bool:
+    """Whether a name can be that of a fixed token, renamed: it is no piece of text, and the id may be renamed."""
+    fixed = Vocabulary.eoi <= index < FIRST_TEXT_ID
+    return fixed and (name in special or _TOKEN_NAME.fullmatch(name) is not None)
+
+
+def token_table(content: Mapping[str, Any], origin: str | Path) -> dict[str, int]:
+    """Every token and id of the content of a Hugging Face `tokenizer.json`, added tokens included.
 
     Raises:
-        VocabularyError: the file is no tokenizer.
-        FileNotFoundError: there is no such file.
+        VocabularyError: it is no tokenizer with a table.
     """
-    content = _read_object(path)
-    model = content.get("model")
+    model, added = content.get("model"), content.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise VocabularyError(
-            f"{path}: no 'model.vocab' table; a Hugging Face tokenizer.json of type BPE is needed"
+            f"{origin}: no 'model.vocab' table; a Hugging Face tokenizer.json of type BPE is needed"
         )
-    table = dict(model["vocab"])
-    table.update({token["content"]: token["id"] for token in content.get("added_tokens", ())})
-    return table
-
-
-def _read_object(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise VocabularyError(f"{path} is no JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise VocabularyError(f"{path} holds a JSON {type(content).__name__}; an object is needed")
-    return content
+    whole = isinstance(added, list) and all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
+        for token in added
+    )
+    if not whole:
+        raise VocabularyError(f"{origin}: 'added_tokens' is no list of tokens with 'content' and 'id'")
+    return model["vocab"] | {token["content"]: token["id"] for token in added}
 
 
 def _shift(values: ArrayLike | Iterable[int], allowed: range, offset: int, what: str) -> NDArray[np.int64]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import json
 import os
 import pickle
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -31,6 +34,7 @@ from worldvla_tokenizers.files import (
     staged_folder,
     write_text_atomic,
 )
+from worldvla_tokenizers.signatures import Kind, misnamed, read_json, read_text
 
 MODEL_TYPE = "worldvla-vqgan"
 CONFIG_NAME = "config.json"
@@ -43,6 +47,10 @@ _BETA = 0.25  # commitment weight of taming's VQModel; training only
 _LOSS_PREFIX = "loss."  # discriminator and perceptual network, saved beside the VQ-GAN they trained
 # Entries of `model.params` that steer taming's training and say nothing about the network.
 _TRAINING_PARAMS = {"lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor"}
+
+
+# What torch raises, besides its own error, for a file whose bytes are wrong.
+_DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError)
 
 
 class CheckpointError(ValueError):
@@ -142,9 +150,10 @@ class VQGANConfig:
         Raises:
             CheckpointError: it is no YAML, or its `model.params` is not a VQ-GAN's.
         """
+        text = read_text(path, "configuration of a VQ-GAN", CheckpointError)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            content = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is no plain YAML: {error}") from error
         params = content
         for name in ("model", "params"):
@@ -277,7 +286,7 @@ class VQGAN(nn.Module):
         """
         found = resolve_files(dir_or_repo, any_of=[CONFIG_NAME, PUBLISHED_CONFIG_NAME], **hub)
         if CONFIG_NAME in found:
-            content = _read_json(found[CONFIG_NAME])
+            content = read_json(found[CONFIG_NAME], CheckpointError)
             if content.pop("model_type", None) == MODEL_TYPE:
                 config = VQGANConfig.from_mapping(content, origin=str(found[CONFIG_NAME]))
                 weights = resolve_files(dir_or_repo, [WEIGHTS_NAME], **hub)[WEIGHTS_NAME]
@@ -411,17 +420,30 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, positions_per_chunk: int) -
 
 
 def _read_published(path: Path, trust_pickle: bool) -> dict[str, Tensor]:
+    if (told := misnamed(path, "checkpoint of torch", Kind.TORCH)) is not None:
+        raise CheckpointError(told)
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-    except pickle.UnpicklingError as error:
+    except (ImportError, AttributeError) as error:
+        if not trust_pickle:
+            raise _damaged(path, error) from error
         raise CheckpointError(
-            f"{path} is not opened: it holds {_pickled_names(path) or 'objects'} beside tensors, and unpickling "
-            "them can run any code. If you trust its author, convert it once, in Python with "
+            f"{path} holds objects of classes that are not installed: {error}; remedy: install the package they "
+            "come from, or ask the file's author for one that holds tensors alone"
+        ) from error
+    except pickle.UnpicklingError as error:
+        # Of files before torch 1.6 the names are in the error alone.
+        names = _pickled_names(path) or sorted(set(re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))))
+        if not names:
+            raise _damaged(path, error) from error
+        raise CheckpointError(
+            f"{path} is not opened: it holds {', '.join(names)} beside tensors, and unpickling them can run any "
+            f"code. {_not_installed(names)}If you trust its author, convert it once, in Python with "
             f"VQGAN.from_published({str(path.parent)!r}, trust_pickle=True).save_pretrained(out), or with "
             f"`worldvla convert {path.parent} OUT --trust-pickle`"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is no whole torch file: {error}") from error
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
     tensors = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path} has no 'state_dict'; a checkpoint of taming-transformers is needed")
@@ -432,29 +454,36 @@ def _read_published(path: Path, trust_pickle: bool) -> dict[str, Tensor]:
     return kept
 
 
-def _pickled_names(path: Path) -> str:
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    # The first line: torch goes on with advice to unpickle all, which mends no damage.
+    told = (re.findall(r"WeightsUnpickler error: (.*)", str(error)) or str(error).splitlines() or [""])[0].strip()
+    return CheckpointError(
+        f"{path} is no whole torch file: {told or type(error).__name__}; remedy: fetch it again"
+    )
+
+
+def _pickled_names(path: Path) -> list[str]:
     """Names of the functions and classes a checkpoint would call, read without calling them."""
     try:
-        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
-    except (pickle.UnpicklingError, ValueError, RuntimeError):
-        return ""  # A torch file of the oldest format; the caller says "objects".
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (pickle.UnpicklingError, *_DAMAGE):
+        return []  # damaged, or of the oldest format
+
+
+def _not_installed(names: Sequence[str]) -> str:
+    """A sentence about the packages that the objects come from and that are not there, if any."""
+    packages = sorted({name.partition(".")[0] for name in names})
+    absent = [name for name in packages if name not in sys.modules and importlib.util.find_spec(name) is None]
+    return f"They need {', '.join(absent)}, which is not installed here. " if absent else ""
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if (told := misnamed(path, "safetensors file", Kind.SAFETENSORS)) is not None:
+        raise CheckpointError(told)
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; an object is needed")
-    return content
+        raise CheckpointError(f"{path} is no whole safetensors file: {error}; remedy: fetch it again") from error
 
 
 def _check_whole(name: str, value: object) -> None:
