@@ -23,6 +23,7 @@ from worldvla_libero.episodes import (
     split,
     spread,
 )
+from worldvla_tokenizers import BoundsWarning
 
 OPEN, CLOSED = -1.0, 1.0
 REST = (0.0,) * 6
@@ -352,3 +353,17 @@ def test_bounds_need_a_training_episode_and_a_quantile_in_range():
         fit_bounds([])
     with pytest.raises(ValueError, match="quantile"):
         fit_bounds([np.zeros((4, 7))], quantile=1.5)
+
+
+def test_bounds_that_lose_a_command_are_told():
+    training = [np.tile([0.1 * n, -1.0], (20, 1)) for n in range(10)]
+    training[3][:2, 1] = 1.0
+    with pytest.warns(
+        BoundsWarning, match=r"dimension 1: -1 … 1 \(quantiles -1 … -1, with 2 of 200 values beyond\)"
+    ):
+        fitted = fit_bounds(training, quantile=0.02)
+    assert (fitted.low[1], fitted.high[1]) == (-1, 1)
+    training = [np.random.default_rng(n).normal(size=(20, 2)) for n in range(20)]
+    training[7][5, 0] = 1e5  # of minimum and maximum only those of each episode are in memory
+    with pytest.warns(BoundsWarning, match=r"minimum and maximum lie so far out.*dimension 0: 90 %"):
+        fit_bounds(training)

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from worldvla_libero import prepare as preparation
@@ -38,7 +40,7 @@ from worldvla_libero.shards import ShardError, TokenDataset
 from worldvla_libero.simulator import SimulatorError
 from worldvla_libero.versions import SIMULATOR, installed_versions
 from worldvla_model.processing_worldvla import ProcessorSettings, WorldVLAProcessor
-from worldvla_tokenizers import VQGAN, ActionTokenizer, ImageTokenizer, TextTokenizer, VQGANConfig
+from worldvla_tokenizers import VQGAN, ActionTokenizer, ImageError, ImageTokenizer, TextTokenizer, VQGANConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DEMOS = FIXTURES / "short_demos" / "libero_object"
@@ -891,3 +893,50 @@ def test_previews_are_strips_of_a_few_frames_in_time(tmp_path, tiny, quick, monk
         assert strip.size == (6 * 144, 96)
         columns = np.asarray(strip).mean(axis=(0, 2)).reshape(6, 144).mean(axis=1)
     np.testing.assert_allclose(columns, shades.ravel(), atol=3)
+
+
+def test_a_codebook_without_ids_is_refused_before_the_work(tmp_path):
+    config = replace(tiny_config(), n_embed=16_384)
+    ImageTokenizer(VQGAN(config)).save_pretrained(tmp_path / "large")
+    source = write(tmp_path / "source")
+    with pytest.raises(ImageError, match="codebook of 16384 entries; the vocabulary has ids for 8192"):
+        run(source, tmp_path / "out", tmp_path / "large")
+    assert not (tmp_path / "out").exists()
+
+
+def test_frames_of_another_size_than_the_tokenizers_are_told(tmp_path, tiny, quick):
+    ImageTokenizer(VQGAN(tiny_config()).eval(), image_size=128).save_pretrained(tmp_path / "made_for_128")
+    with pytest.warns(
+        RuntimeWarning, match=f"tokenized at {SMALL.image_size} px; the image tokenizer is made for 128"
+    ):
+        run(write(tmp_path / "source"), tmp_path / "out", tmp_path / "made_for_128")
+
+
+def test_the_default_model_is_one_of_one_image_size():
+    from worldvla_libero import default_model_path
+
+    said = json.loads((default_model_path() / "processor_config.json").read_text())["image_size"]
+    assert load_image_tokenizer(default_model_path()).image_size == said
+    assert load_image_tokenizer(default_model_path() / "image_tokenizer").image_size == said
+    assert load_image_tokenizer(default_model_path(), image_size=64).image_size == 64
+
+
+def test_a_tokenizer_is_found_in_a_folder_of_a_repository(tmp_path, tiny, monkeypatch):
+    """Of a model, of the tokenizer itself, and the authors' pair in chameleon/tokenizer; here from the cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--lab--robot", "b" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v2").write_text(commit)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    shutil.copytree(tiny, snapshot / "image_tokenizer")
+    (snapshot / "processor_config.json").write_text('{"image_size": 96}')
+    shutil.copytree(tiny, snapshot / "nano" / "image_tokenizer")
+    for place, size in (
+        ("lab/robot", 96),
+        ("hf://lab/robot@v2", 96),
+        ("hf://lab/robot/image_tokenizer", None),
+        ("hf://lab/robot@v2/nano", None),
+    ):
+        assert load_image_tokenizer(place).image_size == size

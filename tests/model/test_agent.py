@@ -384,3 +384,22 @@ def test_bad_requests(published, agent, monkeypatch):
         agent.predict_frame([picture], np.zeros((2, 7)))
     with pytest.raises(ValueError, match="index \\(0, 0\\) is nan"):
         agent.predict_frame([picture], np.full((1, 7), np.nan))
+
+
+def test_tokenizers_in_a_folder_of_a_repository_of_their_own(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_cache(tmp_path, "lab/WorldVLA", published.checkpoint, "v1", "model_256/libero_goal")
+    hub_cache(tmp_path, "lab/WorldVLA", published.tokenizer, "v1", "chameleon/tokenizer")
+    model = {"revision": "v1", "subfolder": "model_256/libero_goal"}
+    for tokenizers, place in (
+        ("lab/WorldVLA", {"tokenizers_revision": "v1", "tokenizers_subfolder": "chameleon/tokenizer"}),
+        ("hf://lab/WorldVLA@v1/chameleon/tokenizer", {}),
+        (None, {"tokenizers_subfolder": "chameleon/tokenizer"}),  # of the model's repository, at its revision
+    ):
+        agent = WorldVLA.from_pretrained("lab/WorldVLA", tokenizers, 128, device="cpu", **model, **place)
+        assert agent.processor.images.image_size == 128
+    with pytest.raises(ValueError, match="tokenizers_revision is 'v1', but tokenizers names no repository"):
+        WorldVLA.from_pretrained("lab/WorldVLA", tokenizers_revision="v1", **model)
+    with pytest.raises(PretrainedFilesError, match=r"tokenizer\.json or text_tokenizer\.json"):
+        WorldVLA.from_pretrained("lab/WorldVLA", "lab/WorldVLA", **model)

@@ -7,7 +7,16 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from worldvla_model import WorldVLAProcessor
 from worldvla_model.processing_worldvla import ProcessorSettings
-from worldvla_tokenizers import ActionTokenizer, SequenceError, VocabularyError, sequence
+from worldvla_tokenizers import (
+    VQGAN,
+    ActionTokenizer,
+    ImageError,
+    ImageTokenizer,
+    SequenceError,
+    VocabularyError,
+    VQGANConfig,
+    sequence,
+)
 from worldvla_tokenizers.files import PretrainedFilesError
 
 
@@ -170,3 +179,110 @@ def test_images_of_different_shapes_in_one_call(processor):
     words = ["open it", "close the drawer"]
     prompts = processor.action_prompts(scenes, words)
     assert prompts == [processor.action_prompt(*scene) for scene in zip(scenes, words, strict=True)]
+
+
+# --- parts that do not fit each other, and where they lie --------------------------------------------------------
+
+
+def vqgan(**fields):
+    fields = {"ch": 32, "ch_mult": (1,) * 5, "z_channels": 8, "embed_dim": 8, "num_res_blocks": 1, **fields}
+    return VQGAN(VQGANConfig(**fields)).eval()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_embed": 16_384}, r"codebook of 16384 entries; the vocabulary has ids for 8192 \(4 … 8195\)"),
+        ({"n_embed": 8_200}, "codebook of 8200"),
+        ({"n_embed": 64, "ch_mult": (1, 1, 1, 1)}, "codes of 8 x 8 pixels"),
+    ],
+)
+def test_codes_without_ids_are_refused_when_put_together(processor, fields, message):
+    with pytest.raises(ImageError, match=message):
+        WorldVLAProcessor(processor.text, ImageTokenizer(vqgan(**fields)), processor.actions, processor.settings)
+
+
+def test_more_bins_than_ids_are_refused_when_put_together(processor):
+    actions = ActionTokenizer([-1.0] * 7, [1.0] * 7, bins=512)
+    with pytest.raises(ValueError, match=r"512 bins; the vocabulary has ids for 256 \(10006 … 10261\)"):
+        WorldVLAProcessor(processor.text, processor.images, actions, processor.settings)
+    fewer = ActionTokenizer([-1.0] * 7, [1.0] * 7, bins=100)
+    WorldVLAProcessor(processor.text, processor.images, fewer, processor.settings)
+
+
+def test_another_image_size_is_refused_when_put_together(processor):
+    images = ImageTokenizer(vqgan(n_embed=64), image_size=256)
+    parts = processor.text, images, processor.actions
+    with pytest.raises(
+        ValueError, match=r"made for images of 256 px, the model for 128 px; remedy: settings with im"
+    ):
+        WorldVLAProcessor(*parts, processor.settings)
+    WorldVLAProcessor(*parts, ProcessorSettings(image_size=256))
+    changed = processor.with_settings(image_size=64, num_actions=2)
+    assert (changed.image_size, changed.images.image_size, changed.settings.num_actions) == (64, 64, 2)
+    assert (processor.image_size, processor.images.image_size) == (128, 128)
+
+
+@pytest.mark.parametrize("before", [None, 128])
+def test_the_image_size_has_one_home(processor, tmp_path, before):
+    images = ImageTokenizer(vqgan(n_embed=64), image_size=before)
+    WorldVLAProcessor(processor.text, images, processor.actions, processor.settings).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "image_tokenizer" / "image_tokenizer.json").read_text()) == {"image_size": 128}
+    # Folders of older versions say null, or what the tokenizer had been trained with.
+    for older in (None, 256):
+        (tmp_path / "image_tokenizer" / "image_tokenizer.json").write_text(json.dumps({"image_size": older}))
+        assert WorldVLAProcessor.from_pretrained(tmp_path).images.image_size == 128
+        assert ImageTokenizer.from_pretrained(tmp_path).image_size == 128
+    assert WorldVLAProcessor.from_pretrained(tmp_path, image_size=64).images.image_size == 64
+
+
+def test_bounds_of_another_width_than_the_checkpoints_are_refused(published, processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    wide = ActionTokenizer([-1.0] * 14, [1.0] * 14)
+    with pytest.raises(ValueError, match=r"the action tokenizer has 14 dimensions; .* was trained with 7"):
+        WorldVLAProcessor.from_pretrained(tmp_path, action_tokenizer=wide)
+    other = ActionTokenizer([-2.0] * 7, [2.0] * 7)
+    assert WorldVLAProcessor.from_pretrained(tmp_path, action_tokenizer=other).actions == other
+    # The published layout says nothing of the width.
+    assert WorldVLAProcessor.from_pretrained(published.tokenizer, action_tokenizer=wide).actions == wide
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+        (b"[]", "JSON list; an object"),
+        (b'{"image_size": "128"}', "image_size is '128'; an int"),
+        (b'{"image_size": true}', "image_size is True; an int"),
+        (b'{"history_length": null}', "history_length is None; an int"),
+        (b'{"world_prompt": 3}', "world_prompt is 3; words"),
+        (b'{"labels": ["paper"]}', "labels is"),
+    ],
+)
+def test_settings_that_are_none(processor, tmp_path, content, message):
+    processor.text.save_pretrained(tmp_path)
+    processor.actions.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        WorldVLAProcessor.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_the_authors_layout_in_a_folder_of_a_repository(published, tmp_path):
+    """chameleon/tokenizer beside the models, the text tokenizer under the authors' name; another branch too."""
+    repository = tmp_path / "hub" / "models--lab--WorldVLA"
+    for branch, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+    folder = repository / "snapshots" / ("b" * 40) / "chameleon" / "tokenizer"
+    shutil.copytree(published.tokenizer, folder)
+    (folder / "tokenizer.json").rename(folder / "text_tokenizer.json")
+    for place, named in (
+        ("lab/WorldVLA", {"revision": "v2", "subfolder": "chameleon/tokenizer"}),
+        ("hf://lab/WorldVLA@v2/chameleon/tokenizer", {}),
+        (repository / "snapshots" / ("b" * 40), {"subfolder": "chameleon/tokenizer"}),
+    ):
+        options = {"cache_dir": tmp_path / "hub", "local_files_only": True, **named}
+        assert WorldVLAProcessor.from_pretrained(place, **options).image_size == 256
+    with pytest.raises(PretrainedFilesError, match=r"remedy: subfolder='chameleon/tokenizer' has them"):
+        WorldVLAProcessor.from_pretrained(repository / "snapshots" / ("b" * 40))

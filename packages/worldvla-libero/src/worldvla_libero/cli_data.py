@@ -173,7 +173,8 @@ def prepare(
     Args:
         source: Folder, file or Hub repository of demonstrations.
         out: Folder for the shards, with a page that shows what is inside.
-        tokenizer: Folder or Hub repository of the image tokenizer; by default the one of the default model.
+        tokenizer: Folder or Hub repository of the image tokenizer, or of a model with one inside; also
+            hf://organisation/name@revision/sub/folder. By default the one of the default model.
         image_size: Size in pixels at which frames are tokenized; by default as saved with the tokenizer, or 256.
         camera: Whose frames, where there are several.
         replay: Whether to replay HDF5 files; auto replays those that name a LIBERO scene.
@@ -183,7 +184,8 @@ def prepare(
         split: By trajectory (paper), or by task and trajectory as the published code does.
         train_fraction: Share of the training split.
         split_seed: Of the paper's split.
-        bounds_quantile: Cut action bounds at this quantile and one minus it, instead of minimum and maximum.
+        bounds_quantile: Cut action bounds at this quantile and one minus it, instead of minimum and maximum, which
+            a dimension that is nearly always one value (a gripper) keeps.
         limit: Prepare so many episodes, taken turn by turn from every task.
         workers: Processes that read or replay; each needs a core.
         device: Where frames are tokenized; by default a GPU if there is one.

@@ -25,7 +25,8 @@ class ModelOptions:
 
     Attributes:
         model: Folder or Hub repository; by default the model that comes with the package.
-        tokenizers: Folder or Hub repository of the tokenizers, where they are not with the model.
+        tokenizers: Folder or Hub repository of the tokenizers, where they are not with the model; also
+            hf://organisation/name@revision/sub/folder.
         image_size: Size in pixels at which images are tokenized, where not as saved.
         device: Such as cuda or cpu; by default a GPU if there is one.
         dtype: Such as bfloat16; by default as stored.

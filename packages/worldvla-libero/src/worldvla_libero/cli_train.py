@@ -212,13 +212,14 @@ def _train_tokenizer(
 
     from worldvla_libero.prepare import load_image_tokenizer, open_source
     from worldvla_libero.tokenizer_training import train_tokenizer
-    from worldvla_tokenizers import VQGAN
+    from worldvla_tokenizers import VQGAN, ImageTokenizer, Vocabulary
 
     if init is None:
         torch.manual_seed(training.seed)
         vqgan = VQGAN(topology)
     else:
         vqgan = load_image_tokenizer(init).vqgan
+    ImageTokenizer(vqgan).check_vocabulary(Vocabulary.published())  # now, not when a model is to read its codes
     if perceptual_weights is None and training.perceptual_weight:
         console.print(
             "without perceptual loss: --perceptual-weights names no file of VGG-16 (torchvision's "

@@ -234,7 +234,7 @@ def prepare(
     Args:
         plan: see `plan`, made with the same settings.
         out: folder of the data set, made if need be.
-        tokenizer: folder or Hub repository of the image tokenizer.
+        tokenizer: folder or Hub repository of the image tokenizer; see `load_image_tokenizer`.
         settings: how.
         workers: processes that read or replay; this process tokenizes.
         device: where frames are tokenized; None for a GPU if there is one.
@@ -249,6 +249,7 @@ def prepare(
 
     Raises:
         EpisodeError: with `strict`, the first episode dropped.
+        ImageError: the tokenizer's codes have no ids in the vocabulary.
         JobError: `out` holds another data set, or one begun with other settings.
         PrepareError: no episode is left.
         StorageError: the disk is full, or a file cannot be written; what is done stays.
@@ -258,6 +259,7 @@ def prepare(
         first = plan.unreadable[0]
         raise EpisodeError(Reason(first.reason), first.message)
     tokenize = Tokenize(tokenizer, settings.image_size, settings.batch_size, device)
+    _warn_of_another_size(tokenize.tokenizer, settings.image_size)
     resolved = _resolved(plan, tokenize.tokenizer.vqgan.fingerprint, settings)
     items = {f"{number:06d}": key for number, key in enumerate(plan.keys)}
     with Job[EpisodeKey, Episode](out, RECORD_FILE, resolved) as job:
@@ -376,12 +378,26 @@ def choose_camera(source: Source, wanted: str | None = None) -> str:
     return wanted
 
 
-def load_image_tokenizer(source: str | os.PathLike[str], device: str = "cpu") -> ImageTokenizer:
-    """Load an image tokenizer from its own folder, or from that of a model it came with."""
-    from worldvla_tokenizers.image import FOLDER_NAME, ImageTokenizer
+def load_image_tokenizer(
+    source: str | os.PathLike[str], device: str = "cpu", *, image_size: int | None = None
+) -> ImageTokenizer:
+    """Load an image tokenizer whose codes a WorldVLA model can read.
 
-    folder = Path(source, FOLDER_NAME)
-    return ImageTokenizer.from_pretrained(folder if folder.is_dir() else source, device=device)
+    Args:
+        source: folder or Hub repository of the tokenizer, or of a model with one inside; also
+            `hf://organisation/name@revision/sub/folder`.
+        device: where to compute.
+        image_size: pixels that frames are brought to; None for what is saved with it.
+
+    Raises:
+        ImageError: its codes have no ids in the vocabulary.
+        PretrainedFilesError: there is none.
+    """
+    from worldvla_tokenizers import ImageTokenizer, Vocabulary
+
+    tokenizer = ImageTokenizer.from_pretrained(source, device=device, image_size=image_size)
+    tokenizer.check_vocabulary(Vocabulary.published())
+    return tokenizer
 
 
 def _camera(source: Source, settings: PrepareSettings) -> str:
@@ -406,6 +422,16 @@ def _warn_of_spinning(tokenizer: ImageTokenizer) -> None:
         warnings.warn(
             "frames are tokenized on the CPU beside worker processes, and torch's waiting threads take the cores "
             "from them; remedy: set OMP_WAIT_POLICY=PASSIVE in the environment before torch is imported",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_another_size(tokenizer: ImageTokenizer, image_size: int) -> None:
+    if tokenizer.image_size not in (None, image_size):
+        warnings.warn(
+            f"frames are tokenized at {image_size} px; the image tokenizer is made for {tokenizer.image_size} px, "
+            f"and so is a model it belongs to; remedy: image_size={tokenizer.image_size}, unless that is meant",
             RuntimeWarning,
             stacklevel=3,
         )

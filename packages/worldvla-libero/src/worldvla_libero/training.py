@@ -247,7 +247,9 @@ def _processor(
         raise RecipeError(f"recipe {recipe.name}: init is {init!r}; {needed}")
     text = _train_text(data, settings) if init is None else _text_beside(init, tokenizer)
     actions: ActionTokenizer = data.actions
-    return WorldVLAProcessor(text, load_image_tokenizer(tokenizer), actions, settings)
+    # Whatever size it was made for: the data say at which size they were tokenized with it.
+    images = load_image_tokenizer(tokenizer, image_size=recipe.image_size)
+    return WorldVLAProcessor(text, images, actions, settings)
 
 
 def _text_beside(*places: str | os.PathLike[str]) -> TextTokenizer:

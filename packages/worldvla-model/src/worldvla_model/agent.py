@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
@@ -87,6 +87,8 @@ class WorldVLA:
         action_tokenizer: ActionTokenizer | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
+        tokenizers_revision: str | None = None,
+        tokenizers_subfolder: str | None = None,
         **model_options: Any,
     ) -> WorldVLA:
         """Load a checkpoint, ours or a published one, from a folder or the Hub.
@@ -94,13 +96,18 @@ class WorldVLA:
         Args:
             model_dir_or_repo: folder or Hub repository with the weights.
             tokenizers: folder or Hub repository with the tokenizers; by default where the weights are. For
-                published checkpoints the folder with `tokenizer.json`, `vqgan.yaml` and `vqgan.ckpt`.
+                published checkpoints the folder with `tokenizer.json` or `text_tokenizer.json`, `vqgan.yaml` and
+                `vqgan.ckpt`.
             image_size: pixels (published: 256 or 512); default as saved, else 256.
             dtype: of the weights; `auto` as stored. Image codes are always computed in fp32.
             device: default CUDA where there is one, else the CPU.
             action_tokenizer: bounds of other data than the checkpoint's.
             revision: branch, tag or commit of the model's repository.
             subfolder: folder inside the model's folder or repository (`model_256/libero_goal`).
+            tokenizers_revision: branch, tag or commit of the repository `tokenizers`; without `tokenizers` the
+                model's repository and `revision` are meant.
+            tokenizers_subfolder: folder inside `tokenizers`, or without it inside the model's folder or repository
+                (`chameleon/tokenizer`); default there `subfolder`.
             model_options: further arguments of transformers' `from_pretrained` (`attn_implementation`,
                 `device_map`, `token`, …).
 
@@ -108,8 +115,16 @@ class WorldVLA:
             PretrainedFilesError: tokenizer files are missing.
             CheckpointError: the weights do not fit.
             VocabularyError: the tokenizer has another layout.
+            ValueError: parts that do not fit each other, or `tokenizers_revision` without `tokenizers`.
         """
-        place = {"revision": revision, "subfolder": subfolder} if tokenizers is None else {}
+        if tokenizers is None:
+            if tokenizers_revision is not None:
+                raise ValueError(
+                    f"tokenizers_revision is {tokenizers_revision!r}, but tokenizers names no repository"
+                )
+            place = {"revision": revision, "subfolder": tokenizers_subfolder or subfolder}
+        else:
+            place = {"revision": tokenizers_revision, "subfolder": tokenizers_subfolder}
         shared = {
             key: model_options[key] for key in ("cache_dir", "token", "local_files_only") if key in model_options
         }
@@ -119,12 +134,11 @@ class WorldVLA:
         processor = WorldVLAProcessor.from_pretrained(
             model_dir_or_repo if tokenizers is None else tokenizers,
             device=str(device),
+            action_tokenizer=action_tokenizer,
             **place,
             **shared,
             **settings,
         )
-        if action_tokenizer is not None:
-            processor.actions = action_tokenizer
         if revision is not None:
             model_options["revision"] = revision
         model = WorldVLAForConditionalGeneration.from_pretrained(
@@ -433,9 +447,7 @@ class WorldVLA:
 
         They share the workspace, if there is one.
         """
-        parts = self.processor
-        changed = replace(parts.settings, **settings)
-        other = WorldVLA(self.model, WorldVLAProcessor(parts.text, parts.images, parts.actions, changed))
+        other = WorldVLA(self.model, self.processor.with_settings(**settings))
         other.workspace = self.workspace
         return other
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Unpack
 
 import numpy as np
@@ -21,11 +21,11 @@ from worldvla_tokenizers.files import (
     write_text_atomic,
 )
 from worldvla_tokenizers.image import FOLDER_NAME as IMAGE_FOLDER_NAME
+from worldvla_tokenizers.image import MODEL_SETTINGS_NAME as FILE_NAME
 from worldvla_tokenizers.image import fit
 from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
-
-FILE_NAME = "processor_config.json"
-TEXT_FILE_NAME = "tokenizer.json"
+from worldvla_tokenizers.signatures import read_json
+from worldvla_tokenizers.vocabulary import TOKENIZER_NAMES
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class ProcessorSettings:
     """What a checkpoint was trained with, apart from its weights.
 
     Attributes:
-        image_size: pixels; every image is cropped and scaled to about this size squared.
+        image_size: pixels; every image is cropped and scaled to about this size squared. This is where a model's
+            image size is kept: the image tokenizer inside takes it over.
         history_length: M, images of an action prompt (one at the first step of an episode).
         num_actions: K, actions of a chunk; None where the model itself ends the chunk.
         action_prompt: text before the images, with `{instruction}`.
@@ -54,6 +55,13 @@ class ProcessorSettings:
     labels: LabelRule = "published"
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "history_length", "num_actions"):
+            value = getattr(self, name)
+            if type(value) is not int and not (value is None and name == "num_actions"):
+                raise ValueError(f"{name} is {value!r}; an int needed")
+        for name in ("action_prompt", "world_prompt", "video_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; words needed")
         if self.image_size < 32 or self.image_size % 32:
             raise ValueError(f"image_size is {self.image_size} pixels; allowed: multiples of 32 from 32")
         if self.history_length < 1:
@@ -76,6 +84,11 @@ class WorldVLAProcessor:
         actions: robot actions ↔ ids.
         settings: prompts and sizes.
 
+    Raises:
+        ImageError: the image tokenizer's codes have no ids in the vocabulary.
+        ValueError: the image tokenizer is made for another size than the settings', or there are more action bins
+            than ids.
+
     `images` arguments of the methods are lists, oldest first, of PIL images or uint8 arrays (H, W, 3).
     """
 
@@ -86,6 +99,21 @@ class WorldVLAProcessor:
         actions: ActionTokenizer,
         settings: ProcessorSettings = ProcessorSettings(),
     ) -> None:
+        images.check_vocabulary(text.vocabulary)
+        if images.image_size is None:
+            images = images.with_image_size(settings.image_size)
+        if images.image_size != settings.image_size:
+            raise ValueError(
+                f"the image tokenizer is made for images of {images.image_size} px, the model for "
+                f"{settings.image_size} px; remedy: settings with image_size={images.image_size}, or the "
+                f"tokenizer's with_image_size({settings.image_size})"
+            )
+        ids = text.vocabulary.action_range
+        if actions.bins > len(ids):
+            raise ValueError(
+                f"the action tokenizer has {actions.bins} bins; the vocabulary has ids for {len(ids)} "
+                f"({ids[0]} … {ids[-1]})"
+            )
         self.text = text
         self.images = images
         self.actions = actions
@@ -101,6 +129,11 @@ class WorldVLAProcessor:
     def history_length(self) -> int:
         """M, images of an action prompt."""
         return self.settings.history_length
+
+    def with_settings(self, **settings: Any) -> WorldVLAProcessor:
+        """The same tokenizers under other settings, fields of `ProcessorSettings`."""
+        changed = replace(self.settings, **settings)
+        return WorldVLAProcessor(self.text, self.images.with_image_size(changed.image_size), self.actions, changed)
 
     def encode_images(self, images: Sequence[Any]) -> list[NDArray[np.int64]]:
         """Images of any sizes → one array of codes (rows, columns) each.
@@ -273,23 +306,30 @@ class WorldVLAProcessor:
         revision: str | None = None,
         subfolder: str | None = None,
         device: str = "cpu",
+        action_tokenizer: ActionTokenizer | None = None,
         **options: Any,
     ) -> WorldVLAProcessor:
         """Load tokenizers and settings from a folder or the Hub.
 
-        Ours holds `processor_config.json`. The published layout (`tokenizer.json`, `vqgan.yaml`, `vqgan.ckpt`)
-        has no settings: those of the released LIBERO checkpoints are taken, and can be overridden.
+        Ours holds `processor_config.json`. The published layout (`tokenizer.json` or `text_tokenizer.json`,
+        `vqgan.yaml`, `vqgan.ckpt`) has no settings: those of the released LIBERO checkpoints are taken, and can be
+        overridden.
 
         Args:
-            pretrained_model_name_or_path: a folder or the id of a Hub repository.
+            pretrained_model_name_or_path: a folder or the id of a Hub repository; see
+                `worldvla_tokenizers.files.resolve_files`.
             revision: branch, tag or commit on the Hub.
             subfolder: folder inside the folder or repository.
             device: where images are tokenized.
+            action_tokenizer: bounds of other data than those saved.
             options: fields of `ProcessorSettings` to override; `cache_dir`, `token`, `local_files_only`.
 
         Raises:
             PretrainedFilesError: files are missing.
-            ValueError: an option that is no setting.
+            VocabularyError: the text tokenizer has another layout.
+            CheckpointError: the VQ-GAN cannot be used.
+            ActionError: the bounds cannot be used.
+            ValueError: an option that is no setting, a setting out of its range, or parts that do not fit.
         """
         options.pop("_from_auto", None)
         options.pop("trust_remote_code", None)
@@ -298,23 +338,32 @@ class WorldVLAProcessor:
             if key in options:
                 hub[key] = options.pop(key)
         # Both layouts have the text tokenizer; only ours has settings beside it.
-        found = resolve_files(source, [TEXT_FILE_NAME], optional=[FILE_NAME], **hub)
-        settings, image_folder, actions = {}, subfolder, ActionTokenizer.published()
+        found = resolve_files(source, any_of=TOKENIZER_NAMES, optional=[FILE_NAME], **hub)
+        settings: dict[str, Any] = {}
+        actions = action_tokenizer or ActionTokenizer.published()
         if FILE_NAME in found:
-            settings = json.loads(found[FILE_NAME].read_text(encoding="utf-8"))
+            settings = read_json(found[FILE_NAME], ValueError)
             settings.pop("processor_class", None)
-            image_folder = "/".join(filter(None, (subfolder, IMAGE_FOLDER_NAME)))
-            actions = ActionTokenizer.from_pretrained(source, **hub)
+            saved = ActionTokenizer.from_pretrained(source, **hub)
+            if action_tokenizer is not None and action_tokenizer.dimensions != saved.dimensions:
+                raise ValueError(
+                    f"the action tokenizer has {action_tokenizer.dimensions} dimensions; {source} was trained "
+                    f"with {saved.dimensions}"
+                )
+            actions = action_tokenizer or saved
         unknown = sorted((settings | options).keys() - ProcessorSettings.__dataclass_fields__.keys())
         if unknown:
             allowed = ", ".join(ProcessorSettings.__dataclass_fields__)
             raise ValueError(f"{source}: unknown settings {', '.join(unknown)}; allowed: {allowed}")
-        image_hub: HubOptions = {**hub, "subfolder": image_folder}
+        try:
+            chosen = ProcessorSettings(**(settings | options))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         return cls(
             text=TextTokenizer.from_pretrained(source, **hub),
-            images=ImageTokenizer.from_pretrained(source, device=device, **image_hub),
+            images=ImageTokenizer.from_pretrained(source, image_size=chosen.image_size, device=device, **hub),
             actions=actions,
-            settings=ProcessorSettings(**(settings | options)),
+            settings=chosen,
         )
 
     def _instruct(self, template: str, instruction: str) -> list[int]:
