@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,16 @@ _TRAINING_PARAMS = {"lossconfig", "ckpt_path", "ignore_keys", "image_key", "colo
 
 
 # What torch raises, besides its own error, for a file whose bytes are wrong.
-_DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError)
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
+)
 
 
 class CheckpointError(ValueError):
@@ -434,7 +444,7 @@ def _read_published(path: Path, trust_pickle: bool) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         # Of files before torch 1.6 the names are in the error alone.
         names = _pickled_names(path) or sorted(set(re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))))
-        if not names:
+        if not names or not all(part.isidentifier() for name in names for part in name.split(".")):
             raise _damaged(path, error) from error
         raise CheckpointError(
             f"{path} is not opened: it holds {', '.join(names)} beside tensors, and unpickling them can run any "
@@ -456,7 +466,8 @@ def _read_published(path: Path, trust_pickle: bool) -> dict[str, Tensor]:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     # The first line: torch goes on with advice to unpickle all, which mends no damage.
-    told = (re.findall(r"WeightsUnpickler error: (.*)", str(error)) or str(error).splitlines() or [""])[0].strip()
+    found = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed|$)", str(error), re.MULTILINE)
+    told = found[1] if found else str(error).partition("\n")[0]
     return CheckpointError(
         f"{path} is no whole torch file: {told or type(error).__name__}; remedy: fetch it again"
     )
