@@ -285,9 +285,13 @@ def text(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason", "message"),
     [
-        (truncated, Reason.UNREADABLE, "b_demo.hdf5: not an HDF5 file, or truncated, or still being copied ("),
-        (emptied, Reason.UNREADABLE, "b_demo.hdf5: not an HDF5 file, or truncated, or still being copied ("),
-        (text, Reason.UNREADABLE, "b_demo.hdf5: not an HDF5 file, or truncated, or still being copied ("),
+        (truncated, Reason.UNREADABLE, "b_demo.hdf5: truncated, damaged, or still being copied ("),
+        (emptied, Reason.UNREADABLE, "b_demo.hdf5 is empty, no HDF5 file (0 bytes); remedy: fetch the file again"),
+        (
+            text,
+            Reason.UNREADABLE,
+            "b_demo.hdf5 is a Git LFS pointer, not the file itself, no HDF5 file (63 bytes)",
+        ),
         (foreign, Reason.MISSING_KEY, "b_demo.hdf5: no group 'data'; LIBERO's layout needed, found mask, observ"),
         (data_is_an_array, Reason.MISSING_KEY, "b_demo.hdf5: no group 'data'; LIBERO's layout needed, found data"),
     ],
@@ -531,7 +535,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path):
         write_demonstrations(path, fail())
     assert path.read_bytes() == before
     text(tmp_path / "b.hdf5")
-    with pytest.raises(EpisodeError, match="not an HDF5 file"):
+    with pytest.raises(EpisodeError, match=r"b\.hdf5 is a Git LFS pointer"):
         merge_demonstrations(path, [path, tmp_path / "b.hdf5"])
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.hdf5", "milk_demo.hdf5"]

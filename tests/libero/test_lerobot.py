@@ -824,7 +824,7 @@ def test_git_lfs_pointers_are_named(libero, so101):
         file.write_bytes(pointer)
     keys, dropped = LeRobotSource(libero).list()
     assert (keys, [drop.id for drop in dropped]) == ([], [DATA, OTHER])
-    assert all("it is a Git LFS pointer: fetch the file itself" in drop.message for drop in dropped)
+    assert all("is a Git LFS pointer, not the file itself" in drop.message for drop in dropped)
     for file in so101.rglob("*.mp4"):
         file.write_bytes(pointer)
     _refused(LeRobotSource(so101), Reason.UNREADABLE, "cannot be decoded .*a Git LFS pointer", cameras=[TOP])

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from worldvla_libero.episodes import EpisodeError, Frames, Reason
+from worldvla_tokenizers.signatures import Kind, misnamed
 
 # LIBERO's cameras, by their keys in `obs`.
 LIBERO_CAMERAS = {"agentview_rgb": "agentview", "eye_in_hand_rgb": "robot0_eye_in_hand"}
@@ -64,9 +65,9 @@ def opened(file: Path) -> Iterator[h5py.File]:
                 f"{file} is marked as in use: another process writes it, or one did and was killed; try again "
                 f"later, or take the mark off: h5clear -s {file.name}"
             ) from error
-        raise EpisodeError(
-            Reason.UNREADABLE, f"{file.name}: not an HDF5 file, or truncated, or still being copied ({words})"
-        ) from error
+        wrong = misnamed(file, "HDF5 file", Kind.HDF5, called=file.name) if file.is_file() else None
+        message = wrong or f"{file.name}: truncated, damaged, or still being copied ({words})"
+        raise EpisodeError(Reason.UNREADABLE, message) from error
     with content:
         try:
             data, held = content.get("data"), ", ".join(content) or "nothing"

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 
 from worldvla_libero.episodes import EpisodeError, Reason
 from worldvla_libero.lerobot_writer import INFO_FILE, TASKS_FILE
+from worldvla_tokenizers.signatures import Kind, misnamed
 
 # `{file_index}` or `{file_index:03d}`. Not `str.format`: that follows attributes and makes strings of any width.
 _FIELDS = ("chunk_index", "file_index", "video_key", "episode_index", "episode_chunk")
 _FIELD = re.compile(r"\{(" + "|".join(_FIELDS) + r")(?::(\d{0,2})[ds]?)?\}")
 
 _DEEPEST = 50  # folders; glob calls itself for each
-
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 # Where the index of pandas goes that has no name: lerobot 0.4.0 to 0.4.3 keep the words there.
 _UNNAMED_INDEX = "__index_level_0__"
@@ -127,17 +126,17 @@ def parquet(root: Path, name: str) -> Iterator[pq.ParquetFile]:
             yield file
     except (OSError, pa.ArrowException) as error:
         message = f"{name}: missing, truncated or no Parquet file ({' '.join(str(error).split())})"
-        raise EpisodeError(Reason.UNREADABLE, message + pointer_note(root / name)) from error
+        raise EpisodeError(Reason.UNREADABLE, message + misnamed_note(root / name, "Parquet file")) from error
 
 
-def pointer_note(path: Path) -> str:
-    """What to add to a message about a file that cannot be read: what `git clone` alone leaves, if it is that."""
+def misnamed_note(path: Path, expected: str) -> str:
+    """What to add to a message about a file that cannot be read, if it is not what its name says."""
     try:
-        with path.open("rb") as file:
-            pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        # Parquet and MP4 have no signature there; what has one is something else.
+        wrong = misnamed(path, expected, Kind.UNKNOWN, called=path.name)
     except OSError:
         return ""
-    return "; it is a Git LFS pointer: fetch the file itself (git lfs pull, or hf download)" if pointer else ""
+    return f"; {wrong}" if wrong else ""
 
 
 def records(root: Path, name: str) -> list[dict[str, Any]]:

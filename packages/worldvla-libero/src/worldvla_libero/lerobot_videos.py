@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from worldvla_libero.episodes import EpisodeError, Frames, Reason
-from worldvla_libero.lerobot_files import Template, pointer_note
+from worldvla_libero.lerobot_files import Template, misnamed_note
 from worldvla_libero.lerobot_index import INDEX_FOLDER, episode_id, file_indices, numbering
 from worldvla_libero.lerobot_writer import VIDEO_PATH
 
@@ -67,7 +67,7 @@ class Videos:
         try:
             return _decode(self.root / span.file, named, span, self.info["fps"], steps)
         except (OSError, IndexError, av.FFmpegError) as error:
-            note = pointer_note(self.root / span.file)
+            note = misnamed_note(self.root / span.file, "MP4 file")
             raise EpisodeError(Reason.UNREADABLE, f"{named} cannot be decoded ({error}){note}") from error
 
     def _span(self, number: int) -> Span:

@@ -107,13 +107,14 @@ def kind_of(path: Path) -> Kind:
     return _kind_of_text(head, path)
 
 
-def misnamed(path: Path, expected: str, *kinds: Kind) -> str | None:
+def misnamed(path: Path, expected: str, *kinds: Kind, called: str | None = None) -> str | None:
     """Say that a file is not what its name says.
 
     Args:
         path: the file.
         expected: what it should be, such as `safetensors file`.
         kinds: by which first bytes such a file is known.
+        called: what the message calls it; by default its path.
 
     Returns:
         A whole message, with what the file is and the remedy; None if it is of one of the kinds.
@@ -132,7 +133,8 @@ def misnamed(path: Path, expected: str, *kinds: Kind) -> str | None:
         shown = f" ({text[:_SHOWN]!r})"
     elif kind is Kind.UNKNOWN:
         shown = f" (it begins with {head[:8].hex(' ')})"
-    return f"{path} is {kind.words}{shown}, no {expected} ({path.stat().st_size:,} bytes); remedy: {kind.remedy}"
+    name, size = called or path, path.stat().st_size
+    return f"{name} is {kind.words}{shown}, no {expected} ({size:,} bytes); remedy: {kind.remedy}"
 
 
 def read_text(path: Path, expected: str, error: type[ValueError]) -> str:
