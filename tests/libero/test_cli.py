@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -60,6 +61,21 @@ def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
     with pytest.raises(ValueError, match="unknown suite"):
         cli.main(["demo", "--suite", "nonsense"])
+
+
+def test_versions(capsys):
+    assert cli.main(["--version"]) == cli.EXIT_OK
+    printed = capsys.readouterr().out.splitlines()
+    versions = dict(line.split() for line in printed)
+    assert printed[0] == f"worldvla-libero {importlib.metadata.version('worldvla-libero')}"
+    assert versions.keys() >= {
+        "worldvla-model",
+        "worldvla-tokenizers",
+        "torch",
+        "transformers",
+        "mujoco",
+        "python",
+    }
 
 
 def test_unparsable_arguments_exit_2(capsys):

@@ -1,5 +1,8 @@
+import json
 import random
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,19 +12,23 @@ import torch
 from grammar_models import scripted_model
 from huggingface_hub import HfApi, constants
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoModel, BitNetQuantConfig
 
 from worldvla_model import (
     DecodingError,
     Sampling,
     SequenceLengthError,
     WorldVLA,
+    WorldVLAConfig,
     WorldVLAForConditionalGeneration,
     WorldVLAModel,
+    WorldVLAProcessor,
 )
 from worldvla_model.decoding import Decoder, fill
 from worldvla_model.masks import MaskError
+from worldvla_model.published import to_ours
 from worldvla_tokenizers import ActionTokenizer, PretrainedFilesError, SequenceError, sequence
+from worldvla_tokenizers.image import ImageError
 
 
 def frames(published, reference):
@@ -128,11 +135,12 @@ def test_hub_repositories(published, tmp_path, monkeypatch, subfolder):
 
 
 def test_push_to_hub_uploads_the_whole_folder(agent, monkeypatch):
-    uploads = []
+    uploads, deleted = [], []
 
     def upload_folder(self, *, repo_id, folder_path, commit_message, **options):
         names = {path.name for path in Path(folder_path).iterdir()}
         uploads.append((self.token, repo_id, commit_message, names, (Path(folder_path) / "README.md").read_text()))
+        deleted.extend(options["delete_patterns"])
         return SimpleNamespace(commit_url="https://huggingface.co/lab/robot/commit/1")
 
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
@@ -148,6 +156,16 @@ def test_push_to_hub_uploads_the_whole_folder(agent, monkeypatch):
         "processor_config.json",
     }
     assert 'WorldVLA.from_pretrained("lab/robot")' in card
+    # Weights of an older checkpoint go with the same commit; those of the tokenizers stay.
+    stale = [
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "adapter_config.json",
+    ]
+    kept = ["image_tokenizer/model.safetensors", "model.fp16.safetensors", "README.md", "config.json"]
+    gone = [name for name in [*stale, *kept] if any(fnmatch(name, pattern) for pattern in deleted)]
+    assert gone == stale
 
 
 def test_constrained_answers_are_chunks_whatever_is_asked(agent):
@@ -237,14 +255,15 @@ def test_models_that_say_anything_give_chunks_and_frames_or_an_error_that_shows_
     """From the model to the caller: no malformed answer comes through, and none is lost."""
     rng, outcomes, vocabulary = random.Random(seed), Counter(), agent.processor.vocabulary
     model, tell = scripted_model(vocabulary.size, positions=96)
-    scripted = WorldVLA(model, agent.processor)
+    parts = agent.with_settings(history_length=1).processor  # whose prompts fit
+    scripted = WorldVLA(model, parts)
     frame = published.frame("libero_goal_0", 0)
     codes = np.zeros((2, 2), int)
     to_act = sequence.action_prompt([16_400], [codes], vocabulary)
     to_imagine = sequence.world_prompt([16_400], [codes], np.full((1, 7), 10_006), vocabulary)
-    monkeypatch.setattr(agent.processor, "action_prompts", lambda *_: [to_act])
-    monkeypatch.setattr(agent.processor, "world_prompt", lambda *_: to_imagine)
-    monkeypatch.setattr(agent.processor.images, "decode", lambda codes: np.zeros((1, 32, 32, 3), np.uint8))
+    monkeypatch.setattr(parts, "action_prompts", lambda *_: [to_act])
+    monkeypatch.setattr(parts, "world_prompt", lambda *_: to_imagine)
+    monkeypatch.setattr(parts.images, "decode", lambda codes: np.zeros((1, 32, 32, 3), np.uint8))
     for _ in range(count):
         said, size = scripts(rng, vocabulary, rng.choice([2, 2, 2, 4])), agent.processor.images.codebook_size
         whole = said[: said.index(vocabulary.eot) + 1] if vocabulary.eot in said else None
@@ -403,3 +422,158 @@ def test_tokenizers_in_a_folder_of_a_repository_of_their_own(published, tmp_path
         WorldVLA.from_pretrained("lab/WorldVLA", tokenizers_revision="v1", **model)
     with pytest.raises(PretrainedFilesError, match=r"tokenizer\.json or text_tokenizer\.json"):
         WorldVLA.from_pretrained("lab/WorldVLA", "lab/WorldVLA", **model)
+
+
+# What people pass for the history of one prompt: a picture, an array, a list, a tuple or a deque of them, an array
+# (M, H, W, 3), tensors of uint8 (torchvision's channels come first, though), RGBA of simulators, pictures of
+# several sizes.
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda picture: picture,
+        lambda picture: np.asarray(picture),
+        lambda picture: torch.from_numpy(np.array(picture)),
+        lambda picture: np.asarray(picture)[None],
+        lambda picture: (picture,),
+        lambda picture: deque([picture]),
+        lambda picture: np.asarray(picture.convert("RGBA")),
+    ],
+    ids=["PIL", "array", "tensor", "batch", "tuple", "deque", "RGBA"],
+)
+def test_one_image_is_a_list_of_one(published, agent, given):
+    picture, action = published.frame("libero_goal_0", 0), np.full(7, 0.1)
+    expected = agent.processor.action_prompt([picture], "open it")
+    assert agent.processor.action_prompt(given(picture), "open it") == expected
+    assert agent.processor.action_prompts([given(picture), [picture]], ["open it"] * 2) == [expected] * 2
+    expected = agent.processor.world_prompt([picture], action[None])
+    assert agent.processor.world_prompt(given(picture), action) == expected
+    np.testing.assert_array_equal(
+        agent.predict_actions(given(picture), "open it", num_actions=1),
+        agent.predict_actions([picture], "open it", num_actions=1),
+    )
+
+
+def test_one_image_is_imagined_from(published, agent):
+    picture, action = published.frame("libero_goal_0", 0), np.full(7, 0.1)
+    np.testing.assert_array_equal(agent.imagine(picture, action), agent.imagine([picture], action[None]))
+    assert agent.processor.world_sample(picture, action, picture) == agent.processor.world_sample(
+        [picture], action[None], [picture]
+    )
+
+
+def test_images_of_several_shapes_are_one_history(published, agent):
+    picture = published.frame("libero_goal_0", 0)
+    wide = picture.resize((256, 64))
+    assert agent.predict_actions([wide, picture], "open it", num_actions=1).shape == (1, 7)
+    assert agent.predict_frame([wide, picture], np.zeros((2, 7))).shape == (128, 128, 3)
+    assert agent.imagine([picture, wide], np.zeros((2, 7))).shape == (1, 64, 256, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (
+            np.zeros((3, 64, 64), np.uint8),
+            r"image 1 of 1, uint8 of shape \(3, 64, 64\): .*channels come first",
+        ),
+        (torch.zeros(3, 64, 64), r"image 1 of 1, float32 of shape \(3, 64, 64\): .*uint8 or uint16 needed"),
+        (np.zeros((64, 64, 3)), r"image 1 of 1, float64 of shape \(64, 64, 3\): .*uint8 or uint16 needed"),
+        ([np.zeros((64, 64, 3), np.uint8), np.zeros(5, np.uint8)], r"image 2 of 2, uint8 of shape \(5,\)"),
+        ([[np.zeros((64, 64, 3), np.uint8)]], "image 1 of 1: image is list"),
+        ("frame.png", r"images are str, 'frame.png'; an image \(PIL, or an array .* or a list of them needed"),
+        ({"agentview": None}, "images are dict"),
+        (None, "images are NoneType"),
+    ],
+)
+def test_what_is_no_image_is_named_with_shape_and_type(agent, image, message):
+    with pytest.raises(ImageError, match=message):
+        agent.predict_actions(image, "open it")
+    with pytest.raises(ImageError, match=message):
+        agent.predict_frame(image, np.zeros((1, 7)))
+
+
+def load(published, **options):
+    return WorldVLA.from_pretrained(published.checkpoint, published.tokenizer, image_size=128, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"torch_dtype": torch.float32}, torch.float32),
+        ({"torch_dtype": "float32"}, torch.float32),
+        ({"torch_dtype": "auto"}, torch.bfloat16),
+        ({"torch_dtype": torch.float16, "dtype": "auto"}, torch.float16),
+        ({"torch_dtype": "torch.float32", "dtype": torch.float32}, torch.float32),
+        ({"torch_dtype": None, "dtype": "float32"}, torch.float32),
+    ],
+)
+def test_the_older_name_of_dtype_is_obeyed(published, options, dtype):
+    assert load(published, device="cpu", **options).model.dtype == dtype
+
+
+def test_two_dtypes_are_refused(published):
+    with pytest.raises(ValueError, match=r"dtype is torch\.float16 and torch_dtype, its older name, is float32"):
+        load(published, dtype=torch.float16, torch_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({}, "meta"),
+        ({"device_map": None}, "meta"),
+        ({"device_map": "cpu"}, "cpu"),
+        ({"device_map": {"": "cpu"}}, "cpu"),
+    ],
+)
+def test_models_that_were_placed_already_are_not_moved(published, options, where):
+    found = load(published, device="meta", **options)
+    assert {parameter.device.type for parameter in found.model.parameters()} == {where}
+    assert found.processor.images.device.type == "meta"  # only this is what `device` says
+
+
+# bitsandbytes, GPTQ, AWQ and others put weights where they can use them, and `.to` raises then. They come with
+# quantization_config=, with load_in_4bit= or load_in_8bit=, or quantized already, as config.json says. BitNet's
+# needs neither a GPU nor another package: it quantizes while it computes.
+def test_quantized_models_are_not_moved(published, tmp_path):
+    to_ours(published.checkpoint, tmp_path / "quantized")
+    config = json.loads((tmp_path / "quantized" / "config.json").read_text())
+    how = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
+    found = WorldVLA.from_pretrained(tmp_path / "quantized", published.tokenizer, image_size=128, device="meta")
+    assert found.model.is_quantized
+    assert {parameter.device.type for parameter in found.model.parameters()} == {"cpu"}
+
+
+def test_bits_of_bitsandbytes_are_one_thing_only(published):
+    config = BitNetQuantConfig()
+    with pytest.raises(ValueError, match="load_in_8bit and quantization_config are given; one of them"):
+        load(published, device="cpu", load_in_8bit=True, quantization_config=config)
+    assert load(published, device="cpu", load_in_4bit=False).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "message"),
+    [
+        (
+            {"image_size": 1024},
+            {},
+            r"2 images .* of 1024 px .* takes 8340 tokens at least; .* 4096 pos",
+        ),
+        ({"history_length": 60}, {}, r"60 images \(history_length\) of 128 px .* the model has 4096 positions"),
+        ({"num_actions": 500}, {}, r"with 500 actions takes 4655 tokens at least"),
+        ({}, {"max_position_embeddings": 96}, r"takes 164 tokens at least; the model has 96 positions"),
+        (
+            {},
+            {"boi_token_id": 8_196},
+            r"boi is 8197 in the tokenizer, 8196 in .* \(boi_token_id",
+        ),
+        ({}, {"vocab_size": 16_640}, r"the tokenizer has 16971 ids; the model has 16640 \(vocab_size\)"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_when_put_together(agent, small_config, settings, fields, message):
+    parts = agent.processor
+    changed = WorldVLAProcessor(parts.text, parts.images, parts.actions, replace(parts.settings, **settings))
+    whole = {**small_config.to_dict(), "vocab_size": 17_024, "max_position_embeddings": 4096, **fields}
+    with pytest.raises(ValueError, match=message):
+        WorldVLA(WorldVLAForConditionalGeneration(WorldVLAConfig(**whole)), changed)

@@ -19,6 +19,7 @@ from transformers import (
     ChameleonForConditionalGeneration,
     ChameleonModel,
     DynamicCache,
+    GenerationConfig,
     StaticCache,
 )
 
@@ -265,6 +266,82 @@ def test_generate_in_a_left_padded_batch(published, model):
     output = model.generate(ids, attention_mask=(ids != 1).long(), max_new_tokens=50, do_sample=False)
     for row, reference in zip(output[:, longest:].tolist(), references, strict=True):
         assert row[: len(reference["generated"])] == reference["generated"]
+
+
+def test_generate_goes_on_to_the_end_of_the_turn(published, model):
+    """Where nobody says how far: transformers' 20 tokens are no chunk."""
+    generations = published.json("generations")
+    for reference in (next(r for r in generations if r["kind"] == kind) for kind in ("world", "action")):
+        prompt = torch.tensor([reference["prompt"]])
+        assert model.generate(prompt)[0, prompt.shape[1] :].tolist() == reference["generated"]
+    prompt, answer = torch.tensor([reference["prompt"]]), reference["generated"]
+    limits = [{"max_new_tokens": 3}, {"max_length": prompt.shape[1] + 3}]
+    for limit in [
+        *limits,
+        {"generation_config": GenerationConfig(**limits[0], eos_token_id=8_710, pad_token_id=1)},
+    ]:
+        assert model.generate(prompt, **limit)[0, prompt.shape[1] :].tolist() == answer[:3]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_embeddings_instead_of_ids_where_no_block_matters(small, implementation):
+    small.set_attn_implementation(implementation)
+    ids = torch.randint(16_390, 16_640, (2, 12))
+    embeddings, padding = small.get_input_embeddings()(ids), torch.ones_like(ids)
+    padding[0, :5] = 0
+    with torch.inference_mode():
+        for mask in (None, padding):
+            expected = small(ids, attention_mask=mask, attention="causal").logits
+            found = small(inputs_embeds=embeddings, attention_mask=mask, attention="causal").logits
+            assert torch.equal(found, expected)
+        # Blocks matter: with the ids beside them it is the same as with ids alone.
+        assert torch.equal(small(inputs_embeds=embeddings, context_ids=ids).logits, small(ids).logits)
+    for forward in (small, small.model):
+        with pytest.raises(ValueError, match=r"'action_isolated' depends on the ids .*'causal' needs none"):
+            forward(inputs_embeds=embeddings)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}]
+)
+def test_generate_from_embeddings(small_config, options):
+    torch.manual_seed(0)
+    config = WorldVLAConfig(**{**small_config.to_dict(), "attention": "causal"})
+    model = WorldVLAForConditionalGeneration(config).eval()
+    ids = torch.randint(16_390, 16_640, (2, 9))
+    padding = torch.ones_like(ids)
+    padding[1, :3] = 0
+    inputs = {"attention_mask": padding, "max_new_tokens": 5, "do_sample": False, **options}
+    expected = model.generate(ids, **inputs)[:, 9:]
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **inputs), expected)
+    assert torch.equal(model.generate(ids, inputs_embeds=embeddings, **inputs)[:, 9:], expected)
+
+
+def test_generate_from_embeddings_where_blocks_matter(published, model):
+    prompt = torch.tensor([next(r for r in published.json("generations") if r["kind"] == "action")["prompt"]])
+    embeddings = model.get_input_embeddings()(prompt)
+    with pytest.raises(ValueError, match="'action_isolated' depends on the ids of all tokens"):
+        model.generate(inputs_embeds=embeddings, max_new_tokens=3)
+    expected = model.generate(prompt)
+    assert torch.equal(model.generate(prompt, inputs_embeds=embeddings), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [({"torch_dtype": torch.float32}, torch.float32), ({"torch_dtype": "float32", "dtype": "auto"}, torch.float32),
+     ({"torch_dtype": "auto"}, torch.bfloat16), ({}, torch.bfloat16)],
+)  # fmt: skip
+@pytest.mark.parametrize("load", [WorldVLAForConditionalGeneration, WorldVLAModel, AutoModelForCausalLM])
+def test_the_older_name_of_dtype(published, load, options, dtype):
+    assert load.from_pretrained(published.checkpoint, **options).dtype == dtype
+
+
+def test_names_that_contradict_each_other(published):
+    with pytest.raises(ValueError, match=r"dtype is bfloat16 and torch_dtype, its older name, is torch\.float32"):
+        WorldVLAForConditionalGeneration.from_pretrained(
+            published.checkpoint, dtype="bfloat16", torch_dtype=torch.float32
+        )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(small_config):

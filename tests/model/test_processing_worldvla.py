@@ -3,9 +3,11 @@ import shutil
 
 import numpy as np
 import pytest
-from transformers import AutoProcessor, AutoTokenizer
+import torch
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, TextIteratorStreamer, TextStreamer
 
 from worldvla_model import WorldVLAProcessor
+from worldvla_model.decoding import Decoder, continue_freely
 from worldvla_model.processing_worldvla import ProcessorSettings
 from worldvla_tokenizers import (
     VQGAN,
@@ -286,3 +288,208 @@ def test_the_authors_layout_in_a_folder_of_a_repository(published, tmp_path):
         assert WorldVLAProcessor.from_pretrained(place, **options).image_size == 256
     with pytest.raises(PretrainedFilesError, match=r"remedy: subfolder='chameleon/tokenizer' has them"):
         WorldVLAProcessor.from_pretrained(repository / "snapshots" / ("b" * 40))
+
+
+@pytest.fixture(scope="module")
+def scenes(published):
+    """Images and words that the model of the fixtures knows an answer to; prompts and answers differ in length."""
+    words = {episode["name"]: episode["instruction"] for episode in published.json("episodes")}
+    return [
+        ([published.frame(episode, i) for i in frames], words[episode])
+        for episode, frames in (("libero_goal_0", (0, 1)), ("libero_object_2", (8, 9)))
+    ]
+
+
+@pytest.fixture(scope="module")
+def worlds(published):
+    """Frames and actions whose next frame it knows."""
+    return [
+        (published.frame(sample["episode"], sample["frames"][0]), sample["actions"])
+        for sample in published.samples(size=128, kind="world")[:2]
+    ]
+
+
+def answers(output, inputs):
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def test_a_call_makes_what_generate_takes(published, agent, scenes):
+    images, words = scenes[1]
+    inputs = agent.processor(images=images, text=words, return_tensors="pt")
+    assert isinstance(inputs, BatchFeature)
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+    assert inputs.input_ids.tolist() == [agent.processor.action_prompt(images, words)]
+    assert inputs.attention_mask.bool().all()
+    output = agent.model.generate(**inputs.to("cpu"))
+    for sequences in (
+        output,
+        answers(output, inputs),
+        output.numpy(),
+        answers(output, inputs).tolist(),
+        output[0],
+    ):
+        (actions,) = agent.processor.post_process_actions(sequences)
+        np.testing.assert_array_equal(actions, agent.predict_actions(images, words, constrained=False))
+
+
+def test_a_batch_is_padded_at_the_left(published, agent, scenes):
+    images, words = zip(*scenes, strict=True)
+    inputs = agent.processor(list(images), list(words), return_tensors="pt")
+    prompts = [agent.processor.action_prompt(*scene) for scene in scenes]
+    for ids, mask, prompt in zip(inputs.input_ids, inputs.attention_mask, prompts, strict=True):
+        assert ids[mask.bool()].tolist() == prompt
+        assert mask.diff().ge(0).all()
+    output = agent.model.generate(**inputs)
+    expected = agent.predict_actions_batch(list(images), list(words), constrained=False)
+    for sequences in (output, answers(output, inputs)):
+        for found, actions in zip(agent.processor.post_process_actions(sequences), expected, strict=True):
+            np.testing.assert_array_equal(found, actions)
+
+
+def test_actions_ask_for_frames(agent, worlds):
+    images, actions = zip(*worlds, strict=True)
+    expected = [agent.predict_frame(image, action, constrained=False) for image, action in worlds]
+    inputs = agent.processor(images=images[0], actions=actions[0], return_tensors="pt")
+    assert inputs.input_ids.tolist() == [agent.processor.world_prompt(images[:1], actions[0])]
+    output = agent.model.generate(**inputs)
+    for sequences in (output, answers(output, inputs)):
+        (frame,) = agent.processor.post_process_images(sequences)
+        np.testing.assert_array_equal(frame, expected[0])
+    inputs = agent.processor(images=images, actions=actions, return_tensors="pt")
+    frames = agent.processor.post_process_images(agent.model.generate(**inputs))
+    np.testing.assert_array_equal(frames, expected)
+
+
+def test_world_prompts_are_looked_at_causally(agent, worlds):
+    """Of two actions the later one then sees the earlier one, unlike in an answer to an action prompt."""
+    images, actions = zip(*worlds, strict=True)
+    inputs = agent.processor(images=images, actions=np.concatenate(actions), return_tensors="pt")
+    assert inputs.is_world.tolist() == [True]
+    decoder = Decoder(agent.model, inputs.input_ids[0].tolist(), attention="causal")
+    expected = continue_freely(decoder, agent.processor.vocabulary.eot, max_new_tokens=12)
+    assert answers(agent.model.generate(**inputs, max_new_tokens=12), inputs)[0].tolist() == expected
+    with torch.inference_mode():
+        plain, isolated = agent.model(**inputs).logits, agent.model(inputs.input_ids).logits
+    assert not torch.allclose(plain[:, -1], isolated[:, -1])
+
+
+# How people hand over one prompt, and several: flat and nested lists, arrays, tensors, words in a list or alone.
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, b: {"images": [a, b], "text": "open it"},
+        lambda a, b: {"images": [a, b], "text": ["open it"]},
+        lambda a, b: {"images": [[a, b]], "text": ["open it"]},
+        lambda a, b: {"images": [[a, b]], "text": "open it"},
+        lambda a, b: {"images": np.stack([a, b]), "text": "open it"},
+        lambda a, b: {"images": torch.from_numpy(np.stack([a, b]))[None], "text": ("open it",)},
+        lambda a, b: {"images": [np.stack([a, b])], "text": ["open it"]},
+    ],
+)
+def test_ways_to_hand_over_one_prompt(published, processor, call):
+    pictures = [published.frame("libero_goal_0", i) for i in (0, 1)]
+    found = processor(**call(*pictures))
+    assert found["input_ids"] == [processor.action_prompt(pictures, "open it")]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, b, u, v: {"images": [a, b], "actions": [[u], [v]]},
+        lambda a, b, u, v: {"images": [[a], [b]], "actions": [u, v]},
+        lambda a, b, u, v: {"images": [[a], [b]], "actions": np.stack([[u], [v]])},
+        lambda a, b, u, v: {"images": np.stack([a, b]), "actions": torch.tensor(np.stack([[u], [v]]))},
+        lambda a, b, u, v: {"images": np.stack([a, b])[:, None], "actions": [u[None], v[None]]},
+    ],
+)
+def test_ways_to_hand_over_several_prompts(published, processor, call):
+    pictures, actions = [published.frame("libero_goal_0", i) for i in (0, 1)], [np.full(7, x) for x in (0.1, -0.2)]
+    found = processor(**call(*pictures, *actions))
+    assert found["input_ids"] == [processor.world_prompt(*pair) for pair in zip(pictures, actions, strict=True)]
+    alone = processor(images=pictures[0], actions=actions[0])
+    assert alone["input_ids"] == found["input_ids"][:1]
+    assert processor(images=[[pictures[0]]], actions=actions[0][None]) == alone
+
+
+def test_calls_without_sense(published, processor, scenes):
+    (images, words), two = scenes[0], [scene[0] for scene in scenes]
+    for call, message in (
+        ({"images": images}, "neither of text and actions given; text asks for actions"),
+        ({"images": images, "text": words, "actions": np.zeros(7)}, "both of text and actions given"),
+        ({"text": words}, "0 images; at least 1 needed"),
+        ({"images": [], "text": words}, "0 images"),
+        ({"images": two, "text": [words]}, "2 lists of images and 1 instructions"),
+        ({"images": two, "actions": np.zeros((1, 1, 7))}, "images of 2 prompts and actions of 1"),
+        ({"images": images, "actions": np.zeros((3, 7))}, "2 images and 3 actions"),
+        ({"images": images, "text": words, "padding": "max_length"}, "padding is 'max_length'; allowed: True"),
+        ({"images": images, "text": ""}, "instruction is ''"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(**call)
+    with pytest.raises(TypeError, match="truncation"):
+        processor(images=images, text=words, truncation=True)
+
+
+def test_lists_and_arrays(processor, scenes):
+    images, words = [list(part) for part in zip(*scenes, strict=True)]
+    padded = processor(images, words)
+    assert len({len(ids) for ids in padded["input_ids"]}) == 1
+    arrays = processor(images, words, return_tensors="np")
+    np.testing.assert_array_equal(arrays["input_ids"], padded["input_ids"])
+    ragged = processor(images, words, padding=False)
+    assert ragged["input_ids"] == [processor.action_prompt(*scene) for scene in scenes]
+    assert [len(mask) for mask in ragged["attention_mask"]] == [len(ids) for ids in ragged["input_ids"]]
+
+
+def test_answers_that_were_cut_off(agent, scenes):
+    images, words = scenes[1]
+    inputs = agent.processor(images=images, text=words, return_tensors="pt")
+    cut = agent.model.generate(**inputs, max_new_tokens=12)
+    with pytest.raises(SequenceError, match=r"position 12: expected .* found the end"):
+        agent.processor.post_process_actions(cut)
+    v = agent.processor.vocabulary
+    image = sequence.image_block(np.zeros((8, 8), int), v)
+    with pytest.raises(SequenceError, match=r"one image and the end of the turn expected, found 1 .*no end"):
+        agent.processor.post_process_images(image)
+    with pytest.raises(SequenceError, match="one image and the end of the turn expected, found 2 images"):
+        agent.processor.post_process_images([*image, *image, v.eot])
+    with pytest.raises(SequenceError, match="image blocks expected, found none"):
+        agent.processor.post_process_images([[v.pad, v.pad]])
+    with pytest.raises(ValueError, match="ids are str"):
+        agent.processor.post_process_actions("10004")
+
+
+def test_ids_as_text(published, processor, scenes, tmp_path):
+    """The same as transformers' own tokenizer has it."""
+    images, words = scenes[0]
+    inputs = processor(images, words, return_tensors="pt")
+    processor.save_pretrained(tmp_path)
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    expected = [auto.decode(ids, clean_up_tokenization_spaces=False) for ids in inputs.input_ids.tolist()]
+    assert processor.batch_decode(inputs.input_ids) == expected
+    assert processor.decode(inputs.input_ids[0]) == expected[0]
+    asked = f"What action should the robot take to {words}?"
+    assert asked in expected[0]
+    assert processor.batch_decode(inputs.input_ids, skip_special_tokens=True) == [asked]
+    with pytest.raises(ValueError, match="2 sequences; decode takes one"):
+        processor.decode([[16_400], [16_400]])
+
+
+def test_a_streamed_answer_is_the_same(agent, scenes, capsys):
+    images, words = scenes[1]
+    inputs = agent.processor(images=images, text=words, return_tensors="pt")
+    expected = agent.model.generate(**inputs)
+    streamed = agent.model.generate(**inputs, streamer=TextStreamer(agent.processor, skip_prompt=True))
+    assert torch.equal(streamed, expected)
+    said = agent.processor.decode(answers(expected, inputs)[0])
+    assert capsys.readouterr().out.strip() == said.strip()
+    streamer = TextIteratorStreamer(agent.processor, skip_prompt=True)
+    agent.model.generate(**inputs, streamer=streamer)
+    assert "".join(streamer) == said
+
+
+def test_auto_processor_can_be_called(published, agent, scenes, tmp_path):
+    agent.processor.save_pretrained(tmp_path)
+    images, words = scenes[0]
+    inputs = AutoProcessor.from_pretrained(tmp_path)(images=images, text=words, return_tensors="pt")
+    assert torch.equal(inputs.input_ids, agent.processor(images=images, text=words, return_tensors="pt").input_ids)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, LlamaConfig
 
-from worldvla_model import CheckpointError, WorldVLAForConditionalGeneration
+from worldvla_model import CheckpointError, WorldVLA, WorldVLAConfig, WorldVLAForConditionalGeneration
 from worldvla_model import published as layout
 from worldvla_model.published import PublishedFormatError
 
@@ -153,3 +154,72 @@ def test_missing_files(published, tmp_path):
     layout.to_ours(published.checkpoint, tmp_path / "ours")
     with pytest.raises(PublishedFormatError, match=r"no tokenizer\.json"):
         layout.to_published(tmp_path / "ours", tmp_path / "back")
+
+
+BASE = "ChameleonXLLMXForConditionalGeneration"
+
+
+# Families whose files look like ours, and what tells them apart:
+#   RynnVLA-002         architectures …_ck_action_head; action_dim and time_horizon, whatever the architecture says
+#   its descendants     architectures …_ck_action_head_…, action_head_type
+#   RynnVLA-001         chameleon, architectures RynnVLAXLLMXForActionPrediction, action_chunk_size
+#   Lumina-mGPT's       chameleon, architectures …AnyRes, a head of several resolutions
+#   Chameleon itself    chameleon, architectures ChameleonForConditionalGeneration, or none
+#   anything else       another model_type, or none
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": [f"{BASE}_ck_action_head"]},
+            r"RynnVLA-002, which has an action_head .*_action_head'\]",
+        ),
+        (
+            {"architectures": [f"{BASE}_ck", f"{BASE}_ck_action_head"]},
+            r"another model, such as RynnVLA-002, .*action_head'\]",
+        ),
+        ({"action_dim": 7, "time_horizon": 5}, r"such as RynnVLA-002.* with action_dim 7, time_horizon 5"),
+        ({"action_head_type": "legacy"}, "with action_head_type 'legacy'"),
+        ({"architectures": [f"{BASE}AnyRes"]}, f"architectures .'{BASE}AnyRes'"),
+        (
+            {"architectures": ["RynnVLAXLLMXForActionPrediction"]},
+            "another family: .*'chameleon'.*RynnVLAX",
+        ),
+        ({"architectures": ["ChameleonForConditionalGeneration"]}, "another family: model_type 'chameleon'"),
+        ({"architectures": None}, r"another family: model_type 'chameleon', architectures \[\]"),
+        ({"model_type": "llama"}, "another family: model_type 'llama'"),
+        (
+            {"model_type": "openvla", "architectures": ["OpenVLAForActionPrediction"]},
+            "another family: .*'openvla'",
+        ),
+        ({"model_type": None}, "another family: model_type None"),
+    ],
+)
+def test_other_families_are_refused_by_name(published, tmp_path, changes, message):
+    source = tmp_path / "source"
+    shutil.copytree(published.checkpoint, source)
+    (source / "config.json").write_text(json.dumps({**config(source), **changes}))
+    for load in (
+        WorldVLAForConditionalGeneration.from_pretrained,
+        WorldVLAConfig.from_pretrained,
+        lambda folder: WorldVLA.from_pretrained(folder, published.tokenizer, image_size=128, device="cpu"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"source is of .*{message}"):
+            load(source)
+    if "RynnVLA-002" in message or BASE in message:  # others are what transformers makes of them
+        with pytest.raises(CheckpointError, match=message):
+            AutoModel.from_pretrained(source)
+    with pytest.raises(ValueError, match=r"of another model|'chameleon' and 'ChameleonXLLMX"):
+        layout.to_ours(source, tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_the_published_checkpoints_started_from_is_read(published, tmp_path):
+    shutil.copytree(published.checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps({**config(tmp_path), "architectures": [BASE]}))
+    assert WorldVLAForConditionalGeneration.from_pretrained(tmp_path).config.qk_norm == "shared"
+
+
+def test_a_config_saved_by_transformers_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="another family: model_type 'llama'"):
+        WorldVLAConfig.from_pretrained(tmp_path)

@@ -326,3 +326,17 @@ def test_what_is_no_tokenizer_is_named(tmp_path, content, message):
     for read in (TextTokenizer.from_pretrained, Vocabulary.from_tokenizer):
         with pytest.raises(VocabularyError, match=message):
             read(tmp_path)
+
+
+def test_spell_names_every_id():
+    ids = published().encode("open it")
+    assert published().spell([0, 4, *ids, 10_004, 8_710]) == "<s>IMGIMGAZopen it<reserved10000><reserved08706>"
+    assert published().spell([]) == ""
+    for wrong, message in (
+        ([-1], "allowed: 0 … 16970"),
+        ([16_971], "16971"),
+        ([[0]], r"shape \(1, 1\)"),
+        ([0.5], "float"),
+    ):
+        with pytest.raises(VocabularyError, match=message):
+            published().spell(wrong)

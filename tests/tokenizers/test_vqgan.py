@@ -300,6 +300,7 @@ def test_push_to_hub_uploads_what_is_saved(monkeypatch):
     url = small().push_to_hub("lab/vqgan", private=True, token="t", revision="v2", commit_message="First")
     assert url.endswith("/commit/1")
     options = {"revision": "v2", "commit_message": "First", "create_pr": False, "repo_type": "model"}
+    options["delete_patterns"] = None
     assert calls == [
         ("create_repo", "t", "lab/vqgan", {"private": True, "exist_ok": True, "repo_type": "model"}),
         ("create_branch", {"branch": "v2", "exist_ok": True, "repo_type": "model"}),

@@ -304,12 +304,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: default those of the process.
     """
     from worldvla_libero.rendering import prepare_process
+    from worldvla_libero.versions import installed_versions
 
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--version"]:
+        for name, version in sorted(installed_versions().items(), key=lambda item: "worldvla" not in item[0]):
+            _console().print(name, version, highlight=False, soft_wrap=True)
+        return EXIT_OK
     prepare_process()
     # Waiting threads of torch spin by default: with a software renderer or a second process on the same cores,
     # small models then slow down many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or bool(os.environ.get(DEBUG_VARIABLE))
     given = [argument for argument in given if argument != "--debug"]
     try:
@@ -322,7 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tyro.extras.subcommand_cli_from_dict(
             known,
             prog="worldvla",
-            description="A model that acts and imagines, on LIBERO. Every command takes --debug for tracebacks.",
+            description="A model that acts and imagines, on LIBERO. Every command takes --debug for tracebacks; "
+            "--version names this package's and those it works with.",
             args=given,
         )
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from worldvla_model.checkpoint_files import SUPERSEDED_PATTERNS, replaced_checkpoint
 from worldvla_model.decoding import (
     GREEDY,
     ChunkGrammar,
@@ -30,10 +31,10 @@ from worldvla_model.decoding import (
     repeat,
 )
 from worldvla_model.decoding.chunks import SPECULATED
-from worldvla_model.modeling_worldvla import WorldVLAForConditionalGeneration
+from worldvla_model.modeling_worldvla import WorldVLAForConditionalGeneration, one_dtype
 from worldvla_model.processing_worldvla import WorldVLAProcessor
 from worldvla_tokenizers import ActionTokenizer, sequence
-from worldvla_tokenizers.files import PushOptions, push_folder, staged_folder, write_text_atomic
+from worldvla_tokenizers.files import PushOptions, push_folder, write_text_atomic
 
 CARD_NAME = "README.md"
 
@@ -56,7 +57,8 @@ class WorldVLA:
         workspace: what queries leave for the next ones; None, as long as `compile` was not called, for nothing.
 
     Raises:
-        ValueError: the processor's ids do not fit into the model's vocabulary.
+        ValueError: the processor does not fit the model: more ids than its vocabulary has, other ids that open and
+            close blocks, or prompts longer than its positions.
 
     Example:
         ```python
@@ -67,10 +69,7 @@ class WorldVLA:
     """
 
     def __init__(self, model: WorldVLAForConditionalGeneration, processor: WorldVLAProcessor) -> None:
-        if processor.vocabulary.size > model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {processor.vocabulary.size} ids; the model has {model.config.vocab_size}"
-            )
+        _check_fit(model, processor)
         self.model = model.eval()
         self.processor = processor
         self.workspace: Workspace | None = None
@@ -99,8 +98,10 @@ class WorldVLA:
                 published checkpoints the folder with `tokenizer.json` or `text_tokenizer.json`, `vqgan.yaml` and
                 `vqgan.ckpt`.
             image_size: pixels (published: 256 or 512); default as saved, else 256.
-            dtype: of the weights; `auto` as stored. Image codes are always computed in fp32.
-            device: default CUDA where there is one, else the CPU.
+            dtype: of the weights; `auto` as stored. Image codes are always computed in fp32. Its older name,
+                `torch_dtype`, is understood as well.
+            device: default CUDA where there is one, else the CPU. Where `device_map` or quantization says where
+                weights are, they stay there, and only images are tokenized on this device.
             action_tokenizer: bounds of other data than the checkpoint's.
             revision: branch, tag or commit of the model's repository.
             subfolder: folder inside the model's folder or repository (`model_256/libero_goal`).
@@ -109,14 +110,17 @@ class WorldVLA:
             tokenizers_subfolder: folder inside `tokenizers`, or without it inside the model's folder or repository
                 (`chameleon/tokenizer`); default there `subfolder`.
             model_options: further arguments of transformers' `from_pretrained` (`attn_implementation`,
-                `device_map`, `token`, …).
+                `device_map`, `quantization_config`, `load_in_4bit`, `token`, …).
 
         Raises:
             PretrainedFilesError: tokenizer files are missing.
-            CheckpointError: the weights do not fit.
+            CheckpointError: the weights do not fit, or are another model's.
             VocabularyError: the tokenizer has another layout.
-            ValueError: parts that do not fit each other, or `tokenizers_revision` without `tokenizers`.
+            ValueError: `dtype` and `torch_dtype` differ, parts do not fit each other, or `tokenizers_revision`
+                without `tokenizers`.
         """
+        if "torch_dtype" in model_options:
+            dtype = one_dtype(dtype, model_options.pop("torch_dtype"))
         if tokenizers is None:
             if tokenizers_revision is not None:
                 raise ValueError(
@@ -144,7 +148,8 @@ class WorldVLA:
         model = WorldVLAForConditionalGeneration.from_pretrained(
             model_dir_or_repo, dtype=dtype, subfolder=subfolder or "", **model_options
         )
-        return cls(model if "device_map" in model_options else model.to(device), processor)
+        placed = model_options.get("device_map") is not None or getattr(model, "is_quantized", False)
+        return cls(model if placed else model.to(device), processor)
 
     @property
     def fingerprint(self) -> str:
@@ -174,8 +179,7 @@ class WorldVLA:
         """
         settings = self.processor.settings
         if slots is None:
-            side = settings.image_size // self.processor.images.vqgan.config.factor
-            images = max(settings.history_length, 2) * (side * (side + 1) + 4)
+            images = max(settings.history_length, 2) * _image_length(self.processor)
             actions = (settings.num_actions or SPECULATED) * (self.processor.actions.dimensions + 2)
             slots = min(256 + images + actions, self.model.config.max_position_embeddings)
         self.workspace = Workspace(self.model, slots=slots, **compile_options)
@@ -183,7 +187,7 @@ class WorldVLA:
 
     def predict_actions(
         self,
-        images: Sequence[Any],
+        images: Any,
         instruction: str,
         *,
         num_actions: int | None = None,
@@ -194,7 +198,7 @@ class WorldVLA:
         """What to do next.
 
         Args:
-            images: up to M images, oldest first; PIL images or uint8 arrays (H, W, 3).
+            images: up to M images, oldest first, or one image; PIL images or uint8 arrays (H, W, 3) of any sizes.
             instruction: the task in words.
             num_actions: K; default as saved with the checkpoint, else the model ends the chunk itself.
             constrained: only action ids where actions stand, so that the answer is always a chunk; False for
@@ -226,7 +230,7 @@ class WorldVLA:
 
     def predict_actions_batch(
         self,
-        images: Sequence[Sequence[Any]],
+        images: Sequence[Any],
         instructions: Sequence[str],
         *,
         num_actions: int | None = None,
@@ -275,7 +279,7 @@ class WorldVLA:
 
     def predict_frame(
         self,
-        images: Sequence[Any],
+        images: Any,
         actions: ArrayLike,
         *,
         constrained: bool = True,
@@ -285,8 +289,8 @@ class WorldVLA:
         """What the camera will see next.
 
         Args:
-            images: h images, oldest first; PIL images or uint8 arrays (H, W, 3).
-            actions: (h, D) actions in data units, each taken at the image of the same place.
+            images: h images, oldest first, or one image; PIL images or uint8 arrays (H, W, 3) of any sizes.
+            actions: (h, D) actions in data units, each taken at the image of the same place; (D,) for one image.
             constrained: only image codes where codes stand; False for the answer of the published algorithm.
             sampling: how ids are chosen.
             workspace: what earlier queries left; default that of the agent, if any.
@@ -322,7 +326,7 @@ class WorldVLA:
 
     def imagine(
         self,
-        images: Sequence[Any],
+        images: Any,
         actions: ArrayLike,
         *,
         rounds: int = 1,
@@ -334,7 +338,7 @@ class WorldVLA:
         Imagined frames are read again as the codes they are, not by way of pixels.
 
         Args:
-            images: h images, oldest first; PIL images or uint8 arrays (H, W, 3).
+            images: h images, oldest first, or one image; PIL images or uint8 arrays (H, W, 3) of any sizes.
             actions: (h + T - 1, D) actions in data units: those taken at the images, then one for each further
                 frame.
             rounds: frames that follow from one prompt, each given all before it: N that the model was trained
@@ -356,7 +360,7 @@ class WorldVLA:
 
     def imagine_codes(
         self,
-        codes: ArrayLike,
+        codes: NDArray[np.integer] | Sequence[ArrayLike],
         actions: ArrayLike,
         *,
         rounds: int = 1,
@@ -366,7 +370,7 @@ class WorldVLA:
         """`imagine` for frames that are codes already, as those of a token data set are.
 
         Args:
-            codes: (h, rows, columns) of h frames, oldest first.
+            codes: (h, rows, columns) of h frames, oldest first; a list of them where sizes differ.
             actions: as in `imagine`.
             rounds: as in `imagine`.
             sampling: as in `imagine`.
@@ -379,8 +383,8 @@ class WorldVLA:
             SequenceLengthError: prompt and frames do not fit into the model's positions.
             ValueError: no frame, too few actions, or `rounds` below 1.
         """
-        known, vocabulary = list(np.asarray(codes, dtype=np.int64)), self.processor.vocabulary
-        history, ids = len(known), self.processor.actions.encode(actions)
+        known, vocabulary = [np.asarray(frame, dtype=np.int64) for frame in codes], self.processor.vocabulary
+        history, ids = len(known), np.atleast_2d(self.processor.actions.encode(actions))
         if not known or len(ids) < history or rounds < 1:
             raise ValueError(
                 f"{len(ids)} actions for {history} images, {rounds} rounds; at least 1 image, an action for each "
@@ -455,11 +459,11 @@ class WorldVLA:
         """Write one folder that `from_pretrained` brings back: model, processor, bounds, prompts, model card.
 
         Args:
-            save_directory: the folder, made if need be.
+            save_directory: the folder, made if need be. Weights of an older checkpoint in it are deleted.
             name: what the card calls the model; default the name of the folder. An existing card is kept.
         """
         folder = Path(save_directory)
-        with staged_folder(folder) as stage:
+        with replaced_checkpoint(folder) as stage:
             self.model.save_pretrained(stage)
             self.processor.save_pretrained(stage)
             if not (folder / CARD_NAME).exists():
@@ -467,6 +471,8 @@ class WorldVLA:
 
     def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
         """Upload what `save_pretrained` writes, model card included, to a Hub repository in one commit.
+
+        The same commit deletes weights of an older checkpoint there that it does not replace.
 
         Args:
             repo_id: `organisation/name`; made if it does not exist.
@@ -480,7 +486,7 @@ class WorldVLA:
             self.save_pretrained(folder, name=repo_id)
 
         options.setdefault("commit_message", "Upload WorldVLA")
-        return push_folder(save, repo_id, **options)
+        return push_folder(save, repo_id, supersedes=SUPERSEDED_PATTERNS, **options)
 
     def _card(self, name: str) -> str:
         config, settings = self.model.config, self.processor.settings
@@ -526,6 +532,41 @@ Bounds of the actions, in the units of the training data:
 |---|---|---|
 {bounds}
 """
+
+
+def _check_fit(model: WorldVLAForConditionalGeneration, processor: WorldVLAProcessor) -> None:
+    """Refuse parts that do not fit each other, before they fail at the first prompt, or in silence.
+
+    Raises:
+        ValueError: they do not; both sides are named.
+    """
+    config, vocabulary, settings = model.config, processor.vocabulary, processor.settings
+    if vocabulary.size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocabulary.size} ids; the model has {config.vocab_size} (vocab_size): take the "
+            "tokenizer it was trained with"
+        )
+    for name in ("boi", "eoi", "boa", "eoa"):
+        if (ours := getattr(vocabulary, name)) != (theirs := getattr(config, name)):
+            raise ValueError(
+                f"{name} is {ours} in the tokenizer, {theirs} in the model's configuration ({name}_token_id): its "
+                "masks would not see the blocks; take the tokenizer it was trained with"
+            )
+    answer = (settings.num_actions or 1) * (processor.actions.dimensions + 2) + 1
+    length = 2 + settings.history_length * _image_length(processor) + answer  # and some words
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {settings.history_length} images (history_length) of {settings.image_size} px "
+            f"(image_size) with {settings.num_actions or 1} actions takes {length} tokens at least; the model has "
+            f"{config.max_position_embeddings} positions (max_position_embeddings): take the image_size and "
+            "history_length that it was trained with"
+        )
+
+
+def _image_length(processor: WorldVLAProcessor) -> int:
+    """Ids of a square image."""
+    side = processor.image_size // processor.images.vqgan.config.factor
+    return side * (side + 1) + 4
 
 
 __all__ = ["WorldVLA"]

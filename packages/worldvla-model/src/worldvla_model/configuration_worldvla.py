@@ -9,7 +9,7 @@ from transformers import ChameleonConfig, PreTrainedConfig
 
 from worldvla_model.loss import LossRule
 from worldvla_model.masks import STRATEGIES
-from worldvla_model.published import config_from_published, is_published
+from worldvla_model.published import check_family, config_from_published, is_published
 
 
 class WorldVLAConfig(PreTrainedConfig):
@@ -107,8 +107,13 @@ class WorldVLAConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a `config.json`, ours or a published one, as transformers does."""
+        """Read a `config.json`, ours or a published one, as transformers does.
+
+        Raises:
+            CheckpointError: it is another model's; transformers alone would only warn and go on.
+        """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_family(config, str(pretrained_model_name_or_path))
         return (config_from_published(config) if is_published(config) else config), unused
 
     # The names by which `worldvla_model.masks` asks for them.

@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -32,6 +33,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from worldvla_model import masks
+from worldvla_model.checkpoint_files import replaced_checkpoint
 from worldvla_model.configuration_worldvla import WorldVLAConfig
 from worldvla_model.loss import SupervisedLosses, chunked_losses, combine, means, supervised_losses
 from worldvla_model.published import CheckpointError, check_tensors
@@ -107,12 +109,16 @@ class WorldVLAPreTrainedModel(PreTrainedModel):
         """Load a checkpoint, ours or a published one, from a folder or the Hub; arguments as in transformers.
 
         Unlike transformers' this refuses a checkpoint that does not fit exactly, and reads only safetensors
-        unless `use_safetensors=False` is passed.
+        unless `use_safetensors=False` is passed. Two older names are understood: `torch_dtype` for `dtype`, and
+        `load_in_4bit` or `load_in_8bit` for a `quantization_config` of bitsandbytes.
 
         Raises:
-            CheckpointError: tensors are missing, unexpected or of another shape; all are listed.
+            CheckpointError: the checkpoint is another model's, or tensors are missing, unexpected or of another
+                shape; all are listed.
+            ValueError: an argument is given under both names, with different values.
         """
         kwargs.setdefault("use_safetensors", True)
+        _use_new_names(kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         # Mismatches are collected rather than raised one by one, so that one error can list everything.
         kwargs["ignore_mismatched_sizes"] = True
@@ -131,6 +137,32 @@ class WorldVLAPreTrainedModel(PreTrainedModel):
         if generation is not None and generation.eos_token_id == NEVER_WRITTEN:
             generation.eos_token_id = model.config.eos_token_id
         return (model, info) if wants_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write a checkpoint: all of it, or on failure nothing; arguments as in transformers.
+
+        Unlike transformers' this leaves no weights of an older checkpoint in the folder: shards, an index, a
+        pickle or adapters would be read instead of the new ones. Other variants stay. (What is written with
+        `distributed_checkpoint=True`, by several processes at once, is transformers' own business.)
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+        """
+        options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
+        if kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, **options, **kwargs)
+            return
+        if push_to_hub:  # a repository is named after the folder
+            kwargs.setdefault("repo_id", Path(save_directory).absolute().name)
+        with replaced_checkpoint(save_directory) as stage:
+            super().save_pretrained(stage, **options, **kwargs)
 
 
 class WorldVLAModel(WorldVLAPreTrainedModel):
@@ -169,7 +201,7 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
                 caller, taken as it is: (B, 1, Q, T) bool or additive, or a `BlockMask`.
             position_ids: (B, Q) positions; by default counted from the cache, padding left out.
             past_key_values: keys and values of the T - Q tokens before.
-            inputs_embeds: (B, Q, H) instead of `input_ids`; the mask then needs `context_ids`.
+            inputs_embeds: (B, Q, H) instead of `input_ids`; a mask that depends on blocks needs `context_ids`.
             use_cache: return `past_key_values`.
             attention: mask strategy of this call, by name or as a function; default `config.attention`.
             context_ids: (B, T) ids of cached and new tokens. Needed where the mask depends on blocks among
@@ -256,7 +288,8 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
         if context_ids is None:
             raise ValueError(
                 f"attention {strategy!r} depends on the ids of all tokens: pass context_ids, (batch, "
-                f"{past + queries}), the ids of {past} cached and {queries} new tokens"
+                f"{past + queries}), the ids of {past} cached and {queries} new tokens; attention='causal' "
+                "needs none"
             )
         where = masks.positions(context_ids, self.config)
         keys = None if padding is None else padding.bool()
@@ -355,13 +388,73 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
         )
 
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate as transformers does, but go on to the end of the turn where no length is given.
+
+        Its own default, 20 tokens, would cut every chunk and every frame.
+        """
+        given = (generation_config, self.generation_config)
+        limits = [kwargs.get(name) for name in ("max_length", "max_new_tokens")]
+        limits += [getattr(config, name, None) for config in given for name in ("max_length", "max_new_tokens")]
+        if all(limit is None for limit in limits):
+            kwargs["max_length"] = self.config.max_position_embeddings
+        return super().generate(inputs, generation_config, **kwargs)
+
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one step of `generate`: the new ids, and all ids so far for the mask."""
         # The padding mask is kept from transformers, which would turn it into a causal 4-D mask here.
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=None, **kwargs)
-        return {**inputs, "attention_mask": attention_mask, "context_ids": input_ids}
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=None, inputs_embeds=inputs_embeds, **kwargs
+        )
+        # A prompt of embeddings has no ids, unless they are given as well.
+        known = inputs_embeds is None or input_ids.shape[1] >= inputs_embeds.shape[1]
+        return {**inputs, "attention_mask": attention_mask, "context_ids": input_ids if known else None}
+
+
+def _use_new_names(options: dict[str, Any]) -> None:
+    """Replace arguments of `from_pretrained` under names that transformers has given up, or takes no more.
+
+    Raises:
+        ValueError: both names are given, with different values.
+    """
+    if "torch_dtype" in options:
+        options["dtype"] = one_dtype(options.get("dtype"), options.pop("torch_dtype"))
+    bits = {name: options.pop(name) for name in ("load_in_4bit", "load_in_8bit") if name in options}
+    if any(bits.values()):
+        if options.get("quantization_config") is not None:
+            raise ValueError(
+                f"{' and '.join(name for name in bits if bits[name])} and quantization_config are given; one of "
+                "them needed"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(**bits)
+
+
+def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | str:
+    """What `dtype` and its older name say together; None and `auto` say nothing.
+
+    Raises:
+        ValueError: they differ.
+    """
+    wanted = [_as_dtype(value) for value in (dtype, torch_dtype) if value is not None and value != "auto"]
+    if len(wanted) == 2 and wanted[0] != wanted[1]:
+        raise ValueError(
+            f"dtype is {dtype} and torch_dtype, its older name, is {torch_dtype}; one of them, or the same, needed"
+        )
+    return wanted[0] if wanted else "auto"
+
+
+def _as_dtype(value: torch.dtype | str) -> torch.dtype | str:
+    """`float32` and `torch.float32` as the type; what names none is left for transformers to refuse."""
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    return found if isinstance(found, torch.dtype) else value
 
 
 def as_attention_mask(allowed: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from transformers import BatchFeature
+from transformers.utils import TensorType
 
 from worldvla_tokenizers import ActionTokenizer, ImageTokenizer, TextTokenizer, Vocabulary, sequence
 from worldvla_tokenizers.files import (
@@ -22,7 +26,7 @@ from worldvla_tokenizers.files import (
 )
 from worldvla_tokenizers.image import FOLDER_NAME as IMAGE_FOLDER_NAME
 from worldvla_tokenizers.image import MODEL_SETTINGS_NAME as FILE_NAME
-from worldvla_tokenizers.image import fit
+from worldvla_tokenizers.image import ImageError, fit
 from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
 from worldvla_tokenizers.signatures import read_json
 from worldvla_tokenizers.vocabulary import TOKENIZER_NAMES
@@ -84,12 +88,21 @@ class WorldVLAProcessor:
         actions: robot actions ↔ ids.
         settings: prompts and sizes.
 
+    `images` arguments of the methods are lists, oldest first, of PIL images or uint8 arrays (H, W, 3) of any size;
+    one image is a list of one. Called as transformers' processors are, it makes batches for `generate`.
+
+    Example:
+        ```python
+        inputs = processor(images=[previous_frame, frame], text="put the bowl on the plate", return_tensors="pt")
+        (actions,) = processor.post_process_actions(model.generate(**inputs))  # (K, D)
+        inputs = processor(images=frame, actions=actions[0], return_tensors="pt")
+        (imagined,) = processor.post_process_images(model.generate(**inputs))  # (H, W, 3)
+        ```
+
     Raises:
         ImageError: the image tokenizer's codes have no ids in the vocabulary.
         ValueError: the image tokenizer is made for another size than the settings', or there are more action bins
             than ids.
-
-    `images` arguments of the methods are lists, oldest first, of PIL images or uint8 arrays (H, W, 3).
     """
 
     def __init__(
@@ -135,16 +148,134 @@ class WorldVLAProcessor:
         changed = replace(self.settings, **settings)
         return WorldVLAProcessor(self.text, self.images.with_image_size(changed.image_size), self.actions, changed)
 
-    def encode_images(self, images: Sequence[Any]) -> list[NDArray[np.int64]]:
-        """Images of any sizes → one array of codes (rows, columns) each.
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        actions: Any = None,
+        padding: bool | Literal["longest"] = True,
+        return_tensors: str | TensorType | None = None,
+    ) -> BatchFeature:
+        """Prompts as a batch for `model.generate(**inputs)`.
+
+        Args:
+            images: of one prompt: an image, or a list of them, oldest first. Of several: a list with an image or a
+                list for each.
+            text: the instruction of an action prompt, as `action_prompt` takes it; a list of B for B prompts.
+            actions: instead of `text`, for a world prompt: (h, D) in data units, or (D,) for one image; a list of
+                B of them, or (B, h, D), for B prompts.
+            padding: shorter prompts are padded at the left, where generation needs it; False for lists of
+                different lengths.
+            return_tensors: `pt` for tensors, `np` for arrays; default lists.
+
+        Returns:
+            `input_ids` and `attention_mask`, (B, T) each; of world prompts also `is_world` (B,).
+
+        Raises:
+            ValueError: neither or both of `text` and `actions`, another number of them than of images, no image,
+                or another `padding`.
+            ImageError: something that is no image.
+        """
+        if (text is None) == (actions is None):
+            found = "neither" if text is None else "both"
+            raise ValueError(
+                f"{found} of text and actions given; text asks for actions, actions for a frame, one of them "
+                "needed (samples for training: action_sample, world_sample)"
+            )
+        if padding not in (True, False, "longest"):
+            raise ValueError(f"padding is {padding!r}; allowed: True, 'longest', False")
+        if images is None:
+            raise ValueError("0 images; at least 1 needed")
+        if text is not None:
+            words = [text] if isinstance(text, str) else list(text)
+            # One instruction and a flat list: the images are the history of the one prompt.
+            single = len(words) == 1 and not _is_nested(images)
+            prompts = self.action_prompts([images] if single else as_list(images), words)
+        else:
+            several = _axes(actions) == 3
+            shown = as_list(images) if several or _is_nested(images) else [images]
+            taken = list(actions) if several or len(shown) > 1 else [actions]
+            if len(shown) != len(taken):
+                raise ValueError(
+                    f"images of {len(shown)} prompts and actions of {len(taken)}; equal numbers needed"
+                )
+            prompts = [self.world_prompt(*prompt) for prompt in zip(shown, taken, strict=True)]
+        longest = max(map(len, prompts)) if padding else 0
+        spare = [max(0, longest - len(prompt)) for prompt in prompts]
+        batch: dict[str, Any] = {
+            "input_ids": [[self.vocabulary.pad] * n + ids for n, ids in zip(spare, prompts, strict=True)],
+            "attention_mask": [[0] * n + [1] * len(ids) for n, ids in zip(spare, prompts, strict=True)],
+        }
+        if text is None:
+            batch["is_world"] = [True] * len(prompts)
+        return BatchFeature(batch, tensor_type=return_tensors)
+
+    def post_process_actions(self, sequences: Any) -> list[NDArray[np.float64]]:
+        """What `generate` gave for action prompts → (K, D) actions in data units for each.
+
+        Args:
+            sequences: (B, T) ids, with the prompts or without; padding is left out.
+
+        Raises:
+            SequenceError: an answer is anything but whole actions and the end of the turn.
+        """
+        return [self.decode_actions(self._answer(ids)) for ids in _rows(sequences)]
+
+    def post_process_images(self, sequences: Any) -> list[NDArray[np.uint8]]:
+        """What `generate` gave for world prompts → the frame (H, W, 3) of each.
+
+        Args:
+            sequences: (B, T) ids, with the prompts or without; padding is left out.
+
+        Raises:
+            SequenceError: an answer is anything but one whole image and the end of the turn.
+        """
+        answers = [self._answer(ids) for ids in _rows(sequences)]
+        found = [self.decode_images(ids) for ids in answers]
+        for ids, frames in zip(answers, found, strict=True):
+            if len(frames) != 1 or ids[-1] != self.vocabulary.eot:
+                raise sequence.SequenceError(
+                    f"{len(ids)} generated ids: one image and the end of the turn expected, found {len(frames)} "
+                    f"images{'' if ids[-1] == self.vocabulary.eot else ' and no end'}"
+                )
+        return [frames[0] for frames in found]
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
+        """Ids as text, as transformers' tokenizers and streamers have it: every id by its name, text joined.
+
+        Args:
+            token_ids: (T,) ids of any kind.
+            skip_special_tokens: words alone.
+
+        Raises:
+            ValueError: several sequences, or no ids.
+            VocabularyError: an id is outside the vocabulary.
+        """
+        rows = _rows(token_ids)
+        if len(rows) != 1:
+            raise ValueError(f"{len(rows)} sequences; decode takes one, batch_decode takes several")
+        return (
+            self.text.decode(rows[0], skip_special_tokens=True)
+            if skip_special_tokens
+            else self.text.spell(rows[0])
+        )
+
+    def batch_decode(self, sequences: Any, *, skip_special_tokens: bool = False) -> list[str]:
+        """`decode` for each of (B, T) sequences."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in _rows(sequences)]
+
+    def encode_images(self, images: Any) -> list[NDArray[np.int64]]:
+        """Images of any sizes, or one image → one array of codes (rows, columns) each.
 
         Raises:
             ValueError: no image.
-            ImageError: something that is no image.
+            ImageError: something that is no image; it is named with its shape and type.
         """
+        images = as_list(images)
         if len(images) == 0:
             raise ValueError("0 images; at least 1 needed")
-        pictures = [fit(image, self.image_size) for image in images]
+        pictures = [self._fit(image, f"image {n} of {len(images)}") for n, image in enumerate(images, start=1)]
         codes: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(pictures)
         for size in {picture.size for picture in pictures}:  # only images of one size go together
             places = [place for place, picture in enumerate(pictures) if picture.size == size]
@@ -175,6 +306,7 @@ class WorldVLAProcessor:
                 "needed"
             )
         texts = [self._instruct(self.settings.action_prompt, words) for words in instructions]
+        images = [as_list(shown) for shown in images]
         codes = iter(self.encode_images([image for shown in images for image in shown]))
         return [
             sequence.action_prompt(text, [next(codes) for _ in shown], self.vocabulary)
@@ -186,10 +318,10 @@ class WorldVLAProcessor:
 
         Args:
             images: h images, oldest first.
-            actions: (h, D) actions in data units, each taken at the image of the same place.
+            actions: (h, D) actions in data units, each taken at the image of the same place; (D,) for one image.
         """
         text = self.text.encode(self.settings.world_prompt)
-        ids = self.actions.encode(actions)
+        ids = np.atleast_2d(self.actions.encode(actions))
         return sequence.world_prompt(text, self.encode_images(images), ids, self.vocabulary)
 
     def video_prompt(self, images: Sequence[Any], instruction: str) -> list[int]:
@@ -211,22 +343,23 @@ class WorldVLAProcessor:
             actions: (h, D) actions in data units; for N rounds (h + N - 1, D).
             next_image: the frame to predict; a list of N frames for N rounds.
         """
-        following = list(next_image) if isinstance(next_image, list | tuple) else [next_image]
-        codes = self.encode_images([*images, *following])
+        shown = as_list(images)
+        codes = self.encode_images([*shown, *as_list(next_image)])
         return sequence.world_sample(
             self.text.encode(self.settings.world_prompt),
-            codes[: len(images)],
-            self.actions.encode(actions),
-            codes[len(images) :],
+            codes[: len(shown)],
+            np.atleast_2d(self.actions.encode(actions)),
+            codes[len(shown) :],
             self.vocabulary,
             labels=self.settings.labels,
         )
 
     def video_sample(self, images: Sequence[Any], instruction: str, next_images: Sequence[Any]) -> Sample:
         """Ids and labels of a training sample: M images and words → K future frames."""
-        codes = self.encode_images([*images, *next_images])
+        shown = as_list(images)
+        codes = self.encode_images([*shown, *as_list(next_images)])
         text = self._instruct(self.settings.video_prompt, instruction)
-        parts = codes[: len(images)], codes[len(images) :]
+        parts = codes[: len(shown)], codes[len(shown) :]
         return sequence.video_sample(text, *parts, self.vocabulary, labels=self.settings.labels)
 
     def decode_actions(self, ids: Sequence[int]) -> NDArray[np.float64]:
@@ -366,10 +499,92 @@ class WorldVLAProcessor:
             settings=chosen,
         )
 
+    def _fit(self, image: Any, name: str) -> Image.Image:
+        """An image at the processor's size."""
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu().numpy()
+        try:
+            return fit(image, self.image_size)
+        except ImageError as error:
+            if not isinstance(image, np.ndarray):
+                raise ImageError(f"{name}: {error}") from error
+            first = image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (1, 3, 4)
+            remedy = "; its channels come first: pass np.moveaxis(image, 0, -1)" if first else ""
+            raise ImageError(f"{name}, {image.dtype} of shape {image.shape}: {error}{remedy}") from error
+
+    def _answer(self, ids: list[int]) -> list[int]:
+        """Generated ids without padding, and without the prompt, which ends where the first turn does."""
+        tokens = self.vocabulary
+        start, stop = 0, len(ids)
+        while start < stop and ids[start] == tokens.pad:
+            start += 1
+        while stop > start and ids[stop - 1] == tokens.pad:
+            stop -= 1
+        ids = ids[start:stop]
+        if ids[:1] == [tokens.bos] and tokens.eot in ids:
+            return ids[ids.index(tokens.eot) + 1 :]
+        return ids
+
     def _instruct(self, template: str, instruction: str) -> list[int]:
         if not isinstance(instruction, str) or not instruction.strip():
             raise ValueError(f"instruction is {instruction!r}; words are needed")
         return self.text.encode(template.replace("{instruction}", instruction))
+
+
+def as_list(images: Any) -> list[Any]:
+    """One image, or several in a list or array, as a list.
+
+    An array of up to three axes is one image, as for `ImageTokenizer`: taken for a list, its rows would be images.
+
+    Raises:
+        ImageError: anything else, such as the name of a file.
+    """
+    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim < 4):
+        return [images]
+    if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
+        raise ImageError(
+            f"images are {type(images).__name__}, {images!r:.60}; an image (PIL, or an array of shape (H, W, 3)) "
+            "or a list of them needed"
+        )
+    return list(images)
+
+
+def _is_nested(images: Any) -> bool:
+    """Whether these are the images of several prompts, with a list for each: an array then has five axes."""
+    if isinstance(images, np.ndarray | torch.Tensor):
+        return images.ndim > 4
+    return isinstance(images, list | tuple) and any(
+        isinstance(shown, list | tuple) or (isinstance(shown, np.ndarray | torch.Tensor) and shown.ndim == 4)
+        for shown in images
+    )
+
+
+def _axes(actions: Any) -> int:
+    """Of (h, D) or (B, h, D) actions, whatever they are kept in."""
+    axes = 0
+    while not isinstance(actions, np.ndarray | torch.Tensor):
+        if not isinstance(actions, list | tuple) or not actions:
+            return axes
+        actions, axes = actions[0], axes + 1
+    return axes + int(actions.ndim)
+
+
+def _rows(ids: Any) -> list[list[int]]:
+    """Ids of one sequence, or of several in a tensor, an array or a list, as lists.
+
+    Raises:
+        ValueError: they are anything else.
+    """
+    if isinstance(ids, torch.Tensor | np.ndarray):
+        ids = ids.tolist()
+    if isinstance(ids, int | np.integer):  # a streamer's last token alone
+        ids = [ids]
+    if not isinstance(ids, list | tuple):
+        raise ValueError(f"ids are {type(ids).__name__}; a tensor, an array or a list (B, T) or (T,) needed")
+    rows: list[Any] = [row.tolist() if isinstance(row, torch.Tensor | np.ndarray) else row for row in ids]
+    if all(isinstance(token, int | np.integer) for token in rows):
+        return [[int(token) for token in rows]]
+    return [[int(token) for token in row] for row in rows]
 
 
 def _name(block: sequence.Block) -> str:

@@ -20,6 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 PUBLISHED_ARCHITECTURE = "ChameleonXLLMXForConditionalGeneration_ck"
+# With the name that the code base they built on gives to the checkpoints they start from.
+_PUBLISHED_ARCHITECTURES = (PUBLISHED_ARCHITECTURE, PUBLISHED_ARCHITECTURE.removesuffix("_ck"))
+# RynnVLA-002 adds these to the configuration: its actions come from a head of their own, under other bounds.
+_RYNNVLA_FIELDS = ("action_dim", "time_horizon", "action_head_type")
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -37,7 +41,7 @@ class PublishedFormatError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint whose tensors are not those of the model: missing, unexpected or of another shape."""
+    """A checkpoint that is not the model's: of another family, or with tensors that are not those of the model."""
 
 
 def check_tensors(
@@ -71,11 +75,42 @@ def check_tensors(
 
 
 def is_published(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is one of the paper's authors (or of the code base they built on)."""
+    """Whether a `config.json` is one of the paper's authors, of the code base they built on, or derived from it.
+
+    `config_from_published` refuses those of other models among them.
+    """
     architectures = config.get("architectures") or ()
     return config.get("model_type") == "chameleon" and any(
         name.startswith("ChameleonXLLMX") for name in architectures
     )
+
+
+def check_family(config: Mapping[str, Any], origin: str) -> None:
+    """Refuse a `config.json` of another model, whose weights could otherwise load as if they were ours.
+
+    Args:
+        config: its content.
+        origin: what the message calls it.
+
+    Raises:
+        CheckpointError: it is neither ours nor a published one.
+    """
+    architectures = list(config.get("architectures") or ())
+    if is_published(config):
+        foreign = [name for name in architectures if name not in _PUBLISHED_ARCHITECTURES]
+        extra = [f"{field} {config[field]!r}" for field in _RYNNVLA_FIELDS if field in config]
+        if foreign or extra:
+            raise CheckpointError(
+                f"{origin} is of another model, such as RynnVLA-002, which has an action_head and other bounds: "
+                f"architectures {architectures}{', with ' if extra else ''}{', '.join(extra)}. Read as WorldVLA "
+                f"are {' and '.join(_PUBLISHED_ARCHITECTURES)} without these; load it with the code it came with"
+            )
+    elif config.get("model_type") != "worldvla":
+        raise CheckpointError(
+            f"{origin} is of another family: model_type {config.get('model_type')!r}, architectures "
+            f"{architectures}. Read as WorldVLA are model_type 'worldvla', and 'chameleon' with "
+            f"{' or '.join(_PUBLISHED_ARCHITECTURES)}; transformers' Auto classes know others"
+        )
 
 
 def config_from_published(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +118,9 @@ def config_from_published(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         PublishedFormatError: a setting that our model does not have.
+        CheckpointError: it is another model's.
     """
+    check_family(config, str(config.get("_name_or_path") or "the checkpoint"))
     for field, allowed in (("swin_norm", False), ("mask_image_logits", False), ("model_parallel_size", 1)):
         if config.get(field, allowed) != allowed:
             raise PublishedFormatError(f"published config has {field} = {config[field]!r}; allowed: {allowed!r}")
@@ -130,7 +167,7 @@ def config_to_published(config: Mapping[str, Any], vocabulary_map: Mapping[str, 
         "rope_scaling": None,
         "rope_theta": rope.get("rope_theta", 10_000.0),
         "swin_norm": False,
-        "torch_dtype": config.get("dtype"),
+        "torch_dtype": config.get("dtype", config.get("torch_dtype")),
         "vocabulary_map": renamed,
         "vq_config": {"model_type": "chameleon_vqgan"},
     }
@@ -145,7 +182,7 @@ def to_ours(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
     Raises:
         PublishedFormatError: the folder is not in the published layout.
-        CheckpointError: tensors are missing, unexpected or of another shape.
+        CheckpointError: it is another model's, or tensors are missing, unexpected or of another shape.
         FileExistsError: the target exists.
     """
     config = _read_json(Path(source) / "config.json")
@@ -211,7 +248,7 @@ def _convert(
                 content = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
             save_file(content, stage / shard, metadata={"format": "pt"})
             del content  # a 7B checkpoint must never need more than one shard in memory
-        if (source / INDEX_NAME).is_file():
+        if shards != [SINGLE_NAME]:
             shutil.copyfile(source / INDEX_NAME, stage / INDEX_NAME)
         for name, values in (("config.json", config), ("generation_config.json", generation)):
             text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
@@ -246,10 +283,11 @@ def _found_shapes(source: Path, shards: list[str]) -> Iterator[tuple[str, tuple[
 
 
 def _shards(source: Path) -> list[str]:
-    if (source / INDEX_NAME).is_file():
-        return sorted(set(_read_json(source / INDEX_NAME)["weight_map"].values()))
+    # One file goes before shards, as in transformers: a folder with both must not mean two different models.
     if (source / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
+    if (source / INDEX_NAME).is_file():
+        return sorted(set(_read_json(source / INDEX_NAME)["weight_map"].values()))
     raise PublishedFormatError(f"{source}: neither {INDEX_NAME} nor {SINGLE_NAME}; weights in safetensors needed")
 
 

@@ -196,6 +196,7 @@ def push_folder(
     commit_message: str = "Upload",
     create_pr: bool = False,
     repo_type: Literal["model", "dataset"] = "model",
+    supersedes: Sequence[str] = (),
 ) -> str:
     """Upload to the Hugging Face Hub, in one commit, what `save` writes into a folder.
 
@@ -208,6 +209,8 @@ def push_folder(
         commit_message: first line of the commit.
         create_pr: open a pull request instead of committing.
         repo_type: what the repository holds.
+        supersedes: patterns, as of `fnmatch`, of files that the same commit deletes where `save` has not written
+            them anew.
 
     Returns:
         The address of the commit.
@@ -227,6 +230,7 @@ def push_folder(
             commit_message=commit_message,
             create_pr=create_pr,
             repo_type=repo_type,
+            delete_patterns=list(supersedes) or None,
         )
     return commit.commit_url
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -234,11 +235,29 @@ class TextTokenizer:
                 )
         return self._model.decode(kept, skip_special_tokens=False)
 
+    def spell(self, ids: ArrayLike) -> str:
+        """Ids of any kind, every one by its name; pieces of text joined as `decode` joins them.
+
+        Raises:
+            VocabularyError: an id is outside the vocabulary, or `ids` is no flat list of integers.
+        """
+        array = np.asarray(ids)
+        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+            raise VocabularyError(f"ids have shape {array.shape} and type {array.dtype}; (T,) integers needed")
+        if array.size and (array.min() < 0 or array.max() >= self.size):
+            raise VocabularyError(f"ids reach from {array.min()} to {array.max()}; allowed: 0 … {self.size - 1}")
+        return self._with_names.decode(array.tolist(), skip_special_tokens=False)
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json`, byte for byte as read, and the `tokenizer_config.json` of AutoTokenizer."""
         with staged_folder(folder) as stage:
             write_text_atomic(stage / FILE_NAME, self._serialized)
             write_text_atomic(stage / CONFIG_NAME, json.dumps(_AUTO_CONFIG, indent=2) + "\n")
+
+    @cached_property
+    def _with_names(self) -> Tokenizer:
+        """The tokenizer of the whole file, which also knows what is no text."""
+        return Tokenizer.from_str(self._serialized)
 
     def __repr__(self) -> str:
         return f"TextTokenizer(size={self.size}, text_pieces={len(self._text_ids)})"
