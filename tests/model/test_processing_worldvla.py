@@ -170,6 +170,14 @@ def test_bad_settings(setting, value):
         ProcessorSettings(**{setting: value})
 
 
+def test_one_scene_is_a_list_of_one(published, processor):
+    picture = published.frame("libero_goal_0", 0)
+    expected = [processor.action_prompt([picture], "open it")]
+    for scenes in (picture, [picture], [[picture]], np.asarray(picture), np.asarray(picture)[None]):
+        assert processor.action_prompts(scenes, "open it") == expected
+        assert processor.action_prompts(scenes, ["open it"]) == expected
+
+
 def test_images_of_different_shapes_in_one_call(processor):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, shape, np.uint8) for shape in ((128, 128, 3), (64, 256, 3), (128, 128, 3))]

@@ -389,7 +389,11 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
         )
 
     def generate(
-        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Generate as transformers does, but go on to the end of the turn where no length is given.
 
@@ -400,7 +404,7 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
         limits += [getattr(config, name, None) for config in given for name in ("max_length", "max_new_tokens")]
         if all(limit is None for limit in limits):
             kwargs["max_length"] = self.config.max_position_embeddings
-        return super().generate(inputs, generation_config, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

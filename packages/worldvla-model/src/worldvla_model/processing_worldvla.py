@@ -284,7 +284,7 @@ class WorldVLAProcessor:
                 codes[place] = code
         return codes
 
-    def action_prompt(self, images: Sequence[Any], instruction: str) -> list[int]:
+    def action_prompt(self, images: Any, instruction: str) -> list[int]:
         """Ids that ask for a chunk of actions.
 
         Args:
@@ -294,26 +294,29 @@ class WorldVLAProcessor:
         (prompt,) = self.action_prompts([images], [instruction])
         return prompt
 
-    def action_prompts(self, images: Sequence[Sequence[Any]], instructions: Sequence[str]) -> list[list[int]]:
+    def action_prompts(self, images: Any, instructions: Sequence[str]) -> list[list[int]]:
         """`action_prompt` for each of several scenes; all images are encoded in one go.
 
         Raises:
             ValueError: another number of instructions than of lists of images, or none.
         """
+        images = as_list(images)
+        if isinstance(instructions, str):
+            instructions = [instructions]
         if len(images) != len(instructions) or len(images) == 0:
             raise ValueError(
                 f"{len(images)} lists of images and {len(instructions)} instructions; equal numbers, at least 1, "
                 "needed"
             )
         texts = [self._instruct(self.settings.action_prompt, words) for words in instructions]
-        images = [as_list(shown) for shown in images]
-        codes = iter(self.encode_images([image for shown in images for image in shown]))
+        histories = [as_list(shown) for shown in images]
+        codes = iter(self.encode_images([image for shown in histories for image in shown]))
         return [
             sequence.action_prompt(text, [next(codes) for _ in shown], self.vocabulary)
-            for text, shown in zip(texts, images, strict=True)
+            for text, shown in zip(texts, histories, strict=True)
         ]
 
-    def world_prompt(self, images: Sequence[Any], actions: ArrayLike) -> list[int]:
+    def world_prompt(self, images: Any, actions: ArrayLike) -> list[int]:
         """Ids that ask for the next frame.
 
         Args:
@@ -324,18 +327,18 @@ class WorldVLAProcessor:
         ids = np.atleast_2d(self.actions.encode(actions))
         return sequence.world_prompt(text, self.encode_images(images), ids, self.vocabulary)
 
-    def video_prompt(self, images: Sequence[Any], instruction: str) -> list[int]:
+    def video_prompt(self, images: Any, instruction: str) -> list[int]:
         """Ids that ask for future frames without actions (the paper's Fig. 7); arguments as `action_prompt`."""
         text = self._instruct(self.settings.video_prompt, instruction)
         return sequence.action_prompt(text, self.encode_images(images), self.vocabulary)
 
-    def action_sample(self, images: Sequence[Any], instruction: str, actions: ArrayLike) -> Sample:
+    def action_sample(self, images: Any, instruction: str, actions: ArrayLike) -> Sample:
         """Ids and labels of a training sample: M images and words → (K, D) actions in data units."""
         text = self._instruct(self.settings.action_prompt, instruction)
         codes, ids = self.encode_images(images), self.actions.encode(actions)
         return sequence.action_sample(text, codes, ids, self.vocabulary, labels=self.settings.labels)
 
-    def world_sample(self, images: Sequence[Any], actions: ArrayLike, next_image: Any) -> Sample:
+    def world_sample(self, images: Any, actions: ArrayLike, next_image: Any) -> Sample:
         """Ids and labels of a training sample: h images and their actions → the next frame.
 
         Args:
@@ -354,7 +357,7 @@ class WorldVLAProcessor:
             labels=self.settings.labels,
         )
 
-    def video_sample(self, images: Sequence[Any], instruction: str, next_images: Sequence[Any]) -> Sample:
+    def video_sample(self, images: Any, instruction: str, next_images: Any) -> Sample:
         """Ids and labels of a training sample: M images and words → K future frames."""
         shown = as_list(images)
         codes = self.encode_images([*shown, *as_list(next_images)])
