@@ -120,6 +120,24 @@ def test_a_truncated_shard_leaves_nothing_behind(published, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "[]", r"config\.json holds list; an object needed"),
+        ("config.json", "{", r"config\.json is no JSON file"),
+        ("model.safetensors.index.json", "{}", "no weight_map of tensors and files beside it"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../b.safetensors"}}', "no weight_map of tensors"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}', "no weight_map of tensors"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say(published, tmp_path, file, content, message):
+    source = tmp_path / "source"
+    shutil.copytree(published.checkpoint, source)
+    (source / file).write_text(content)
+    with pytest.raises(PublishedFormatError, match=message):
+        layout.to_ours(source, tmp_path / "ours")
+
+
 def test_existing_targets_are_kept(published, tmp_path):
     with pytest.raises(FileExistsError, match="needs a folder of its own"):
         layout.to_ours(published.checkpoint, tmp_path)
@@ -185,6 +203,7 @@ BASE = "ChameleonXLLMXForConditionalGeneration"
             "another family: .*'chameleon'.*RynnVLAX",
         ),
         ({"architectures": ["ChameleonForConditionalGeneration"]}, "another family: model_type 'chameleon'"),
+        ({"architectures": 7}, r"another family: model_type 'chameleon', architectures \['7'\]"),
         ({"architectures": None}, r"another family: model_type 'chameleon', architectures \[\]"),
         ({"model_type": "llama"}, "another family: model_type 'llama'"),
         (

@@ -255,11 +255,10 @@ class WorldVLAProcessor:
         rows = _rows(token_ids)
         if len(rows) != 1:
             raise ValueError(f"{len(rows)} sequences; decode takes one, batch_decode takes several")
-        return (
-            self.text.decode(rows[0], skip_special_tokens=True)
-            if skip_special_tokens
-            else self.text.spell(rows[0])
-        )
+        (ids,) = rows
+        if skip_special_tokens:
+            return self.text.decode(ids, skip_special_tokens=True)
+        return self.text.spell(ids)
 
     def batch_decode(self, sequences: Any, *, skip_special_tokens: bool = False) -> list[str]:
         """`decode` for each of (B, T) sequences."""

@@ -79,9 +79,8 @@ def is_published(config: Mapping[str, Any]) -> bool:
 
     `config_from_published` refuses those of other models among them.
     """
-    architectures = config.get("architectures") or ()
     return config.get("model_type") == "chameleon" and any(
-        name.startswith("ChameleonXLLMX") for name in architectures
+        name.startswith("ChameleonXLLMX") for name in _architectures(config)
     )
 
 
@@ -95,7 +94,7 @@ def check_family(config: Mapping[str, Any], origin: str) -> None:
     Raises:
         CheckpointError: it is neither ours nor a published one.
     """
-    architectures = list(config.get("architectures") or ())
+    architectures = _architectures(config)
     if is_published(config):
         foreign = [name for name in architectures if name not in _PUBLISHED_ARCHITECTURES]
         extra = [f"{field} {config[field]!r}" for field in _RYNNVLA_FIELDS if field in config]
@@ -111,6 +110,12 @@ def check_family(config: Mapping[str, Any], origin: str) -> None:
             f"{architectures}. Read as WorldVLA are model_type 'worldvla', and 'chameleon' with "
             f"{' or '.join(_PUBLISHED_ARCHITECTURES)}; transformers' Auto classes know others"
         )
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    """Names of the classes that a `config.json` is for, as text whatever stands there."""
+    found = config.get("architectures") or []
+    return [str(name) for name in (found if isinstance(found, list) else [found])]
 
 
 def config_from_published(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,14 +292,20 @@ def _shards(source: Path) -> list[str]:
     if (source / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
     if (source / INDEX_NAME).is_file():
-        return sorted(set(_read_json(source / INDEX_NAME)["weight_map"].values()))
+        shards = _read_json(source / INDEX_NAME).get("weight_map")
+        if not isinstance(shards, dict) or not all(Path(str(shard)).name == shard for shard in shards.values()):
+            raise PublishedFormatError(f"{source / INDEX_NAME}: no weight_map of tensors and files beside it")
+        return sorted(set(shards.values()))
     raise PublishedFormatError(f"{source}: neither {INDEX_NAME} nor {SINGLE_NAME}; weights in safetensors needed")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PublishedFormatError(f"{path} is missing") from error
     except ValueError as error:
         raise PublishedFormatError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise PublishedFormatError(f"{path} holds {type(content).__name__}; an object needed")
+    return content
