@@ -313,6 +313,10 @@ class Replayer:
         frames = {c: np.full((20, size, size, 3), 7, np.uint8) for c in self.settings.cameras}
         return replace(raw, actions=raw.actions[:20], frames=frames, robot_states=np.zeros((20, 8)), states=None)
 
+class Hopeless(Replayer):
+    def __call__(self, raw):
+        raise EpisodeError(Reason.NO_SUCCESS, f"{raw.id}: the goal is not reached")
+
 class Unlucky:
     def __call__(self, attempt):
         raise EpisodeError(Reason.NO_SUCCESS, f"{attempt.id}: missed")
@@ -370,6 +374,18 @@ def test_replay_without_out_only_counts(stand_ins, tmp_path, capsys):
     assert [row[0] for row in rows(printed)[4:]] == [f"{task}_demo/demo_1" for task in (SOUP, SAUCE)]
     assert "wrote" not in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_replay_that_reproduces_nothing_fails(stand_ins, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(replaying, "Replayer", import_module("stand_ins").Hopeless)
+    assert cli.main(["replay", str(DEMOS)]) == cli.EXIT_FAILED
+    assert "dropped: 4 (no success on replay: 4)" in capsys.readouterr().out
+    assert cli.main(["replay", str(DEMOS), "o"]) != cli.EXIT_OK
+    assert "no episode of libero_object is left: 4 dropped (no success on replay)" in capsys.readouterr().err
+    (tmp_path / "cut").mkdir()
+    whole = (DEMOS / f"{SOUP}_demo.hdf5").read_bytes()
+    (tmp_path / "cut" / f"{SOUP}_demo.hdf5").write_bytes(whole[: len(whole) // 2])
+    assert cli.main(["replay", "cut"]) != cli.EXIT_OK  # a file that cannot be read has no episode to count
 
 
 @pytest.mark.parametrize("to", ["lerobot", "hdf5"])

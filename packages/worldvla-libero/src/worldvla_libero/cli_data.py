@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from worldvla_libero.episodes import Dropped
 
-EXIT_OK = 0
+EXIT_OK, EXIT_FAILED = 0, 1
 
 _SHOWN_DROPPED = 10  # the rest is in the record
 
@@ -89,8 +89,8 @@ def replay(
 ) -> int:
     """Replay raw demonstrations: render frames, leave pauses out, keep what still succeeds.
 
-    Without OUT nothing is rendered or written: it says how many demonstrations this simulator reproduces.
-    Interrupted, the same command goes on.
+    Without OUT nothing is rendered or written: it says how many demonstrations this simulator reproduces. Exits
+    with 1 if it is none. Interrupted, the same command goes on.
 
     Args:
         source: Folder (or file) of raw LIBERO HDF5, or Hub repository of one.
@@ -138,7 +138,7 @@ def replay(
     _print_dropped(console, [*(d._asdict() for d in unreadable), *record["dropped"]], out and out / RECORD_FILE)
     if out is not None:
         console.print(f"wrote {out}", highlight=False, markup=False)
-    return EXIT_OK
+    return EXIT_OK if any(row["kept"] for row in record["tasks"].values()) else EXIT_FAILED
 
 
 def prepare(
