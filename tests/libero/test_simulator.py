@@ -153,7 +153,7 @@ CHECK = "from worldvla_libero.rendering import check_rendering; check_rendering(
     [
         ({"MUJOCO_GL": "invalid"}, "MUJOCO_GL is 'invalid'; allowed: egl, osmesa"),
         ({"__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}, "remedy: apt-get install libegl1 libgl1-mesa-dri"),
-        ({"PYOPENGL_PLATFORM": "osmesa"}, "remedy: apt-get install libegl1 libgl1-mesa-dri"),
+        ({"PYOPENGL_PLATFORM": "osmesa"}, "beside MUJOCO_GL=egl; allowed: 'egl'; remedy: unset PYOPENGL_PLATFORM"),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="EGL is Linux's")

