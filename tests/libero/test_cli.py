@@ -7,10 +7,13 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
 from PIL import Image
 
 from worldvla_libero import cli, cli_model
-from worldvla_libero.doctor import rendering
+from worldvla_libero.doctor import rendering, start_of
+from worldvla_libero.suites import Task, load_suite
+from worldvla_libero.versions import installed_versions
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "published"
 
@@ -43,6 +46,7 @@ def test_help_is_fast_because_nothing_heavy_is_imported():
         (["demo", "--suite", "libero_gaol"], "UnknownNameError: unknown suite 'libero_gaol' (did you mean"),
         (["demo", "--task", "11"], "UnknownNameError: task 11 of libero_object; allowed: 0 … 9"),
         (["evaluate", "libero_goal", "--out", "o", "--protocol", "lerobo"], "did you mean 'lerobot'"),
+        (["doctor", "--suite", "libero_gaol"], "UnknownNameError: unknown suite 'libero_gaol' (did you mean"),
         (["convert", "nowhere", "target"], "nowhere"),
         (["convert", "a", "b", "--to", "published", "--trust-pickle"], "do not go with --to published"),
     ],
@@ -90,7 +94,8 @@ def test_a_missing_default_model_names_the_remedy(monkeypatch, tmp_path, capsys)
     assert "remedy: reinstall worldvla-libero, or pass --model" in capsys.readouterr().err
 
 
-def test_doctor_finds_everything_for_the_demo(capsys):
+def test_doctor_finds_everything_for_the_demo(capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides GPUs from the model, and none from the renderer
     code = cli.main(["doctor"])
     printed = capsys.readouterr().out
     assert code == cli.EXIT_OK, printed
@@ -106,7 +111,36 @@ def test_doctor_finds_everything_for_the_demo(capsys):
         "Hub",
     ):
         assert subject in printed
+    assert torch.cuda.is_available() or "torch can use (CUDA_VISIBLE_DEVICES is '')" in printed
+    assert "worldvla doctor --suite" in printed or "mujoco: 3.2.7" in printed
     assert "`worldvla demo` can run." in printed
+
+
+def test_doctor_starts_no_task_that_cannot_be_built():
+    found = start_of(Task("libero_goal_object", 3, "no_such_scene"))
+    assert (found.subject, found.level) == ("start of libero_goal_object/3", "note")
+    assert "the installed LIBERO has no " in found.detail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suite", "index", "moving"),  # with MuJoCo 3.4 and above
+    [
+        ("libero_spatial", 5, "akita_black_bowl_1"),
+        ("libero_10", 0, "ketchup_1"),
+        ("libero_spatial", 8, None),  # in its third initial state a bowl pushes the plate, and all comes to rest
+    ],
+)
+def test_doctor_measures_how_a_task_starts(suite, index, moving):
+    mujoco = installed_versions()["mujoco"]
+    found = start_of(load_suite(suite).task(index))
+    assert found.subject == f"start of {suite}/{index}"
+    if moving and tuple(map(int, mujoco.split("."))) >= (3, 4):
+        assert found.level == "note"
+        assert f": not at rest with mujoco {mujoco}; from initial state 0 {moving} moves at" in found.detail
+        assert found.remedy.endswith("pip install mujoco==3.2.7")
+    else:
+        assert (found.level, found.remedy) == ("ok", "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="EGL is Linux's")

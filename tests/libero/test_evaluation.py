@@ -24,11 +24,13 @@ from worldvla_libero.records import (
     EPISODES_FILE,
     RESULTS_FILE,
     RETRIED_FILE,
+    EpisodeLog,
     EpisodeRecord,
     SuccessRate,
     version_warnings,
 )
 from worldvla_libero.run_files import RunError
+from worldvla_libero.settling import Motion
 from worldvla_libero.simulator import NO_MOTION, StepResult
 from worldvla_libero.suites import load_suite
 from worldvla_libero.versions import installed_versions
@@ -383,6 +385,37 @@ def test_versions_that_differ_between_episodes_are_told():
         "mujoco is 3.2.7 and 3.3; published rates were measured with 3.2.7",
         "not all episodes were run with the same numpy: 2.0 and 2.1",
     ]
+
+
+class Falling(Standing):
+    """The scene of one task is not at rest when an episode begins."""
+
+    def reset(self, initial_state, *, seed, observe):
+        fast, slow = Motion("bowl_1", 0.062, -0.139, 0.14), Motion("plate_1", 0.05, -0.07, 0.0001)
+        result = super().reset(initial_state, seed=seed, observe=observe)
+        return replace(result, settling=(slow, fast) if self.task.index == 5 else (slow,))
+
+
+def test_a_start_that_has_not_settled_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("worldvla_libero.episode_runner.Simulator", Falling)
+    tasks = [load_suite("libero_spatial").task(i) for i in (4, 5)]
+    protocol = replace(SHORT, max_steps={"libero_spatial": 2})
+    result = evaluate(FailsInSecondEpisode(), tasks, tmp_path, protocol=protocol, episodes=2)
+    falling = "bowl_1 moves at 140 mm/s, 62 mm beside and 139 mm below its initial state"
+    assert [record.unsettled for record in result.records] == [None, None, falling, falling]
+    assert [record.outcome for record in result.records] == ["failure"] * 3 + ["error"]  # also where it broke off
+    (warning,) = (warning for warning in result.warnings if "libero_spatial" in warning)
+    assert warning.startswith(
+        "libero_spatial/5 pick_up_the_black_bowl_on_the_ramekin_and_place_it_on_the_plate: 2 of 2 episodes began "
+        f"before all was at rest, with mujoco {installed_versions()['mujoco']}; in episode 0 {falling}"
+    )
+    assert warning in json.loads((tmp_path / RESULTS_FILE).read_text())["warnings"]
+    assert EpisodeLog(tmp_path).read() == list(result.records)
+    # Records of before this was measured are read as well: an evaluation goes on after an upgrade.
+    old = {key: value for key, value in json.loads(result.records[2].line).items() if key != "unsettled"}
+    assert EpisodeRecord.parse(json.dumps(old).encode(), "here") == replace(result.records[2], unsettled=None)
+    with pytest.raises(RunError, match=r"here: unsettled is 1; allowed: str \| None"):
+        EpisodeRecord.parse(json.dumps(old | {"unsettled": 1}).encode(), "here")
 
 
 @pytest.mark.usefixtures("standing")

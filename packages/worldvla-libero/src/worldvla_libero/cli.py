@@ -173,6 +173,8 @@ def evaluate(
             f"episode {record.episode}: {record.steps} steps, {record.seconds:.1f} s",
             highlight=False,
         )
+        if record.unsettled and not any(other.unsettled and other.task == record.task for other in done[:-1]):
+            console.print(f"  not at rest at its start: {record.unsettled}", style="yellow", markup=False)
         if record.error:
             console.print(f"  {record.error['type']}: {record.error['message']}", style="red", markup=False)
 
@@ -245,10 +247,14 @@ def convert(
     return EXIT_OK
 
 
-def doctor() -> int:
+def doctor(suite: str | None = None) -> int:
     """Say what is installed, where weights and data are looked for, what is missing and how to get it.
 
     Exits with 0 if the demo can run.
+
+    Args:
+        suite: Suite whose tasks to start, to see whether objects are at rest when the policy takes over, which
+            depends on the version of MuJoCo; seconds a task.
     """
     from rich.text import Text
 
@@ -257,7 +263,7 @@ def doctor() -> int:
     console = _console()
     signs = {"ok": ("✓", "green"), "note": ("!", "yellow"), "missing": ("✗", "red")}
     complete = True
-    for finding in examine():
+    for finding in examine(suite):
         complete &= finding.level != "missing"
         sign, colour = signs[finding.level]
         console.print(

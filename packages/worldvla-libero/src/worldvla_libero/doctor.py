@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 from worldvla_libero import default_model_path
-from worldvla_libero.libero_files import LiberoNotInstalledError, libero_root
-from worldvla_libero.suites import SUITES, load_suite
-from worldvla_libero.versions import installed_versions
-
-# Success rates shift with the physics: the published ones were measured with these.
-PUBLISHED_VERSIONS = {"mujoco": "3.2.7", "robosuite": "1.4.0"}
+from worldvla_libero.libero_files import LiberoNotInstalledError, MissingFilesError, ignored_config, libero_root
+from worldvla_libero.settling import unsettled
+from worldvla_libero.simulator import Simulator
+from worldvla_libero.suites import SUITES, Task, load_suite
+from worldvla_libero.versions import PUBLISHED_VERSIONS, installed_versions
 
 _GL_TIMEOUT_SECONDS = 120
+_STATES = 3  # of each task, where 50 would take minutes
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,47 @@ class Finding:
     remedy: str = ""
 
 
-def examine() -> Iterator[Finding]:
-    """Look at one thing after the other; the demo can run if nothing is `missing`."""
+def examine(suite: str | None = None) -> Iterator[Finding]:
+    """Look at one thing after the other; the demo can run if nothing is `missing`.
+
+    Args:
+        suite: whose tasks to start as well, to see whether they are at rest when an episode begins; seconds each.
+
+    Raises:
+        UnknownNameError: there is no such suite.
+        LiberoNotInstalledError: there is a suite to start, and LIBERO is not installed.
+    """
+    tasks = load_suite(suite).tasks if suite is not None else ()
     yield from _versions()
     yield _libero()
-    yield rendering()
+    drawn = rendering()
+    yield drawn
     yield _gpu()
     yield _default_model()
     yield from _places()
+    if drawn.level != "missing":
+        yield from map(start_of, tasks)
+
+
+def start_of(task: Task) -> Finding:
+    """Let a task's scene settle from some of its fixed initial states, and see what has come to rest."""
+    subject, mujoco = f"start of {task.suite}/{task.index}", importlib.metadata.version("mujoco")
+    try:
+        task.check_files()
+    except MissingFilesError as error:  # some of LIBERO-PRO's
+        return Finding(subject, "note", str(error))
+    states = range(min(_STATES, task.num_initial_states))
+    with Simulator(task) as simulator:
+        for state in states:
+            if found := unsettled(simulator.reset(state, observe=False).settling):
+                return Finding(
+                    subject,
+                    "note",
+                    f"{task.language}: not at rest with mujoco {mujoco}; from initial state {state} {found}",
+                    "compare its success rate with none measured under another MuJoCo, or "
+                    f"pip install mujoco=={PUBLISHED_VERSIONS['mujoco']}",
+                )
+    return Finding(subject, "ok", f"{task.language}: at rest from {len(states)} initial states")
 
 
 def rendering() -> Finding:
@@ -86,7 +119,8 @@ def _versions() -> Iterator[Finding]:
                 name,
                 "note",
                 version,
-                f"success rates were published with {published}; to compare: pip install {name}=={published}",
+                f"success rates were published with {published}; to compare: pip install {name}=={published}"
+                + ("; whether a suite starts as it did: worldvla doctor --suite" if name == "mujoco" else ""),
             )
 
 
@@ -104,7 +138,9 @@ def _libero() -> Finding:
         return Finding(
             "LIBERO", "missing", f"{len(missing)} tasks without BDDL file, e.g. {missing[0]}", "reinstall LIBERO"
         )
-    return Finding("LIBERO", "ok", f"{len(SUITES)} suites in {libero_root()}")
+    config = ignored_config()
+    unused = f"; {config} is not read" if config else ""
+    return Finding("LIBERO", "ok", f"{len(SUITES)} suites in {libero_root()}{unused}")
 
 
 def _gpu() -> Finding:
@@ -113,7 +149,9 @@ def _gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("GPU", "note", "none that torch can use; models run on the CPU")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+        return Finding("GPU", "note", f"none that torch can use{hidden}; models run on the CPU")
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Finding("GPU", "ok", ", ".join(f"{d.name} ({d.total_memory / 2**30:.0f} GiB)" for d in devices))
 

@@ -23,6 +23,7 @@ from worldvla_libero.policies import Needs, Observation, Policy
 from worldvla_libero.processes import trace_of
 from worldvla_libero.protocols import EvaluationProtocol
 from worldvla_libero.rollout import PolicyError, drive, play
+from worldvla_libero.settling import unsettled
 from worldvla_libero.simulator import Frame, Simulator
 from worldvla_libero.suites import Task
 from worldvla_libero.versions import SIMULATOR, installed_versions
@@ -130,6 +131,7 @@ class EpisodeEnd:
         video: file name, None where none was asked for.
         last_frame: file name, None after success or without a frame.
         versions: of the simulator, where it ran.
+        unsettled: which objects were not at rest when it began (see `settling`); None where all were.
     """
 
     success: bool = False
@@ -140,6 +142,7 @@ class EpisodeEnd:
     video: str | None = None
     last_frame: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    unsettled: str | None = None
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,7 @@ class EpisodeRunner:
             video=plan.video,
             last_frame=None if run.success else self._keep_last_frame(plan, simulator),
             versions=installed_versions(SIMULATOR),
+            unsettled=unsettled(run.settling),
         )
 
     @contextmanager

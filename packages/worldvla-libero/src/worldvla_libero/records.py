@@ -14,14 +14,12 @@ from worldvla_libero.episode_runner import EpisodeEnd, EpisodePlan
 from worldvla_libero.jobs import StorageError
 from worldvla_libero.protocols import EvaluationProtocol
 from worldvla_libero.run_files import RunError, check_inside, parse_fields
+from worldvla_libero.versions import PUBLISHED_VERSIONS
 from worldvla_tokenizers.files import write_text_atomic
 
 EPISODES_FILE = "episodes.jsonl"
 RETRIED_FILE = "retried.jsonl"
 RESULTS_FILE = "eval_info.json"
-
-PUBLISHED_VERSIONS = {"mujoco": "3.2.7", "robosuite": "1.4.0"}
-"""What the published success rates were measured with."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,8 @@ class EpisodeRecord:
         error: where, type, message and traceback; None otherwise.
         video: file name beside the record; None when none was asked for.
         last_frame: file name beside the record; None after a success.
+        unsettled: which objects were not at rest when it began (see `settling`); None where all were, and in
+            records of before this was measured.
     """
 
     suite: str
@@ -58,6 +58,7 @@ class EpisodeRecord:
     video: str | None
     last_frame: str | None
     versions: dict[str, str] = field(repr=False)
+    unsettled: str | None = None
 
     @classmethod
     def of(cls, plan: EpisodePlan, end: EpisodeEnd, attempts: int, versions: Mapping[str, str]) -> Self:
@@ -90,6 +91,7 @@ class EpisodeRecord:
             video=end.video,
             last_frame=end.last_frame,
             versions={**versions, **end.versions},
+            unsettled=end.unsettled,
         )
 
     @classmethod
@@ -104,7 +106,7 @@ class EpisodeRecord:
             RunError: it is no record.
         """
         kinds = {field.name: str(field.type) for field in fields(cls)}
-        values = parse_fields(line, kinds, where)
+        values = parse_fields(line, kinds, where, {"unsettled": None})
         values["query_seconds"] = tuple(values["query_seconds"])
         record = cls(**values)
         for name in (record.video, record.last_frame):
@@ -253,7 +255,10 @@ class EvaluationResult:
     @property
     def warnings(self) -> list[str]:
         """What differs between the episodes, or from how the published success rates were measured."""
-        return version_warnings([record.versions for record in self.records])
+        return [
+            *version_warnings([record.versions for record in self.records]),
+            *(warning for records in self._by_task().values() if (warning := unsettled_warning(records))),
+        ]
 
     @property
     def overall(self) -> SuccessRate:
@@ -325,6 +330,24 @@ def version_warnings(recorded: Iterable[Mapping[str, str]]) -> list[str]:
         for name, versions in found.items()
         if len(versions) > 1 and name not in PUBLISHED_VERSIONS
     ]
+
+
+def unsettled_warning(records: Sequence[EpisodeRecord]) -> str | None:
+    """That episodes of a task began with objects that were not at rest; None where all were.
+
+    Args:
+        records: of one task.
+    """
+    concerned = [record for record in records if record.unsettled]
+    if not concerned:
+        return None
+    first = concerned[0]
+    mujoco = first.versions.get("mujoco", "of unknown version")
+    return (
+        f"{first.suite}/{first.task} {first.task_name}: {len(concerned)} of {len(records)} episodes began before "
+        f"all was at rest, with mujoco {mujoco}; in episode {first.episode} {first.unsettled}. Compare its rate "
+        f"with none measured under another MuJoCo: published ones were under {PUBLISHED_VERSIONS['mujoco']}"
+    )
 
 
 def _summary(records: Sequence[EpisodeRecord]) -> dict[str, Any]:

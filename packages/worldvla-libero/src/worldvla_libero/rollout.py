@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from worldvla_libero.policies import WRIST, EpisodicPolicy, Needs, Observation, Policy
+from worldvla_libero.settling import Motion
 from worldvla_libero.simulator import Frame, Simulator, SimulatorError, StepResult, check_actions
 from worldvla_libero.suites import Task
 
@@ -25,12 +26,14 @@ class Rollout:
         actions: (T, 7) float64, all that were executed.
         query_steps: at which steps the policy was asked.
         query_seconds: wall-clock time until each of its answers.
+        settling: how each object moved until the scene had settled; see `StepResult`.
     """
 
     success: bool
     actions: NDArray[np.float64]
     query_steps: tuple[int, ...]
     query_seconds: tuple[float, ...]
+    settling: tuple[Motion, ...] = ()
 
 
 class PolicyError(RuntimeError):
@@ -144,7 +147,8 @@ def play(
     task = simulator.task
     limit = simulator.protocol.step_limit(task) if max_steps is None else max_steps
     words = task.language if instruction is None else instruction
-    result = simulator.reset(initial_state, seed=seed, observe=needs.history_length > 0 or frame_stride > 0)
+    start = simulator.reset(initial_state, seed=seed, observe=needs.history_length > 0 or frame_stride > 0)
+    result = start
     if on_step:
         on_step(0, result.frame)
     # At the first step there is one image; a chunk shorter than M leaves older frames of the history standing.
@@ -157,7 +161,7 @@ def play(
 
     def so_far() -> Rollout:
         actions = np.array(executed).reshape(-1, 7)
-        return Rollout(result.success, actions, tuple(query_steps), tuple(query_seconds))
+        return Rollout(result.success, actions, tuple(query_steps), tuple(query_seconds), start.settling)
 
     def failed(error: Exception) -> PolicyError:
         return PolicyError(f"step {result.step} of {task}: {type(error).__name__}: {error}", so_far())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 
@@ -38,18 +40,21 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def parse_fields(text: bytes, kinds: dict[str, str], where: str) -> dict[str, Any]:
+def parse_fields(
+    text: bytes, kinds: Mapping[str, str], where: str, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """A JSON object with given fields; others are left out.
 
     Args:
         text: the JSON.
         kinds: type of each field, as in annotations; numbers have to be finite and not negative.
         where: what the error names.
+        defaults: of fields that older files do not have.
 
     Raises:
         RunError: a field is missing or of another type.
     """
-    content = parse_object(text, where)
+    content = {**defaults, **parse_object(text, where)}
     for name, kind in kinds.items():
         if name not in content:
             raise RunError(f"{where}: no {name}")

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from worldvla_libero.libero_files import InitialStateError
 from worldvla_libero.protocols import OPENVLA, EvaluationProtocol
 from worldvla_libero.rendering import check_rendering
+from worldvla_libero.settling import FreeObjects, Motion
 from worldvla_libero.suites import Task
 
 ACTION_DIM = 7
@@ -43,11 +44,14 @@ class StepResult:
         success: whether the task's goal holds.
         step: control steps since the scene had settled; 0 after `reset`.
         frames: (S, S, 3) uint8 image of each camera, upright; empty when the step was not observed.
+        settling: after `reset`, how each object moved while the scene settled. With some versions of MuJoCo not
+            all tasks come to rest where the initial state means to.
     """
 
     success: bool
     step: int
     frames: Mapping[str, Frame] = field(default_factory=lambda: MappingProxyType({}))
+    settling: tuple[Motion, ...] = ()
 
     @property
     def frame(self) -> Frame | None:
@@ -207,12 +211,14 @@ class Simulator:
         # A drawn state is set as well, so that replaying it later is the same episode to the last bit.
         self._wrapper.set_init_state(self.state if state is None else state)
         self._start_state = self.state
+        dropped = FreeObjects.of(environment.sim)
         self._observing = False
         success = bool(environment._check_success())
         for left in reversed(range(self.protocol.wait_steps)):
             success = self._advance(np.asarray(NO_MOTION), observe=observe and left == 0)
         self._step = 0
-        return StepResult(success, 0, MappingProxyType(self._frames))
+        settling = FreeObjects.of(environment.sim).since(dropped)
+        return StepResult(success, 0, MappingProxyType(self._frames), settling)
 
     def step(self, action: ArrayLike, *, observe: bool = True) -> StepResult:
         """Take one control step.

