@@ -1,7 +1,6 @@
 import json
 import random
 from collections import Counter, deque
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,6 @@ from worldvla_model import (
     WorldVLAConfig,
     WorldVLAForConditionalGeneration,
     WorldVLAModel,
-    WorldVLAProcessor,
 )
 from worldvla_model.decoding import Decoder, fill
 from worldvla_model.masks import MaskError
@@ -572,8 +570,7 @@ def test_bits_of_bitsandbytes_are_one_thing_only(published):
     ],
 )
 def test_parts_that_do_not_fit_are_refused_when_put_together(agent, small_config, settings, fields, message):
-    parts = agent.processor
-    changed = WorldVLAProcessor(parts.text, parts.images, parts.actions, replace(parts.settings, **settings))
+    changed = agent.processor.with_settings(**settings)
     whole = {**small_config.to_dict(), "vocab_size": 17_024, "max_position_embeddings": 4096, **fields}
     with pytest.raises(ValueError, match=message):
         WorldVLA(WorldVLAForConditionalGeneration(WorldVLAConfig(**whole)), changed)
