@@ -509,7 +509,7 @@ def damaged(path: Path) -> None:
 FILE, DEMO = "b_demo.hdf5", "b_demo/demo_1"
 FRAMES = "obs/agentview_rgb"
 FAULTS = {
-    "truncated file": (truncated, FILE, Reason.UNREADABLE, "not an HDF5 file, or truncated"),
+    "truncated file": (truncated, FILE, Reason.UNREADABLE, "truncated, damaged, or still being copied"),
     "foreign file": (foreign, FILE, Reason.MISSING_KEY, "no group 'data'; LIBERO's layout needed, found observ"),
     "no actions": (put("actions", None), DEMO, Reason.MISSING_KEY, "no 'actions'; existing:"),
     "no frames": (put(FRAMES, None), DEMO, Reason.MISSING_KEY, "no frames of camera 'agentview'; existing: none"),

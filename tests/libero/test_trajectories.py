@@ -169,7 +169,7 @@ def test_what_cannot_be_imagined_says_why(demos, tmp_path):
     with pytest.raises(ClipError, match="is in split 'validation': 6 in all"):
         open_trajectories(demos, camera="front", fraction=1.0)
     (tmp_path / "broken_demo.hdf5").write_bytes(b"nothing")
-    with pytest.raises(ClipError, match=r"no trajectory of .* can be read: broken_demo\.hdf5: .*"):
+    with pytest.raises(ClipError, match=r"no trajectory of .* can be read: broken_demo\.hdf5 is text .*"):
         open_trajectories(tmp_path)
     (tmp_path / "broken_demo.hdf5").unlink()
     with pytest.raises(FileNotFoundError, match="no demonstrations"):
