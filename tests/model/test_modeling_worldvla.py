@@ -25,6 +25,7 @@ from transformers import (
 
 from worldvla_model import (
     CheckpointError,
+    ConfigurationError,
     SequenceLengthError,
     WorldVLAConfig,
     WorldVLAForConditionalGeneration,
@@ -396,14 +397,38 @@ def test_too_many_positions(small, implementation):
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("attention", "isolated", "attention is 'isolated'; allowed: causal, action_isolated"),
+        ("attention", "isolated", "attention is 'isolated'; allowed: 'causal', 'action_isolated'"),
+        ("loss", ["paper"], r"loss is \['paper'\]; allowed: 'published', 'paper'"),
+        ("hidden_act", "rellu", "hidden_act is 'rellu'; allowed: "),
+        ("vocab_size", 2**40, r"vocab_size is 1099511627776; allowed: whole numbers from 1 to 2147483647"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0; allowed: whole numbers from 1"),
+        ("hidden_size", "64", "hidden_size is '64'; allowed: whole numbers"),
+        ("dropout", float("nan"), "dropout is nan; allowed: numbers from 0"),
+        ("rms_norm_eps", None, "rms_norm_eps is None; allowed: numbers from 0"),
+        ("use_cache", 1, "use_cache is 1; allowed: true and false"),
+        ("boi_token_id", -1, "boi_token_id is -1; allowed: ids"),
+        ("rope_parameters", "linear", "rope_parameters is 'linear'; allowed: an object"),
+        ("num_key_value_heads", 3, "num_attention_heads is 4; a multiple of num_key_value_heads, 3"),
         ("qk_norm", "both", "qk_norm is 'both'; allowed: 'shared', 'per_head'"),
         ("num_attention_heads", 3, "a multiple of num_attention_heads, 3"),
     ],
 )
 def test_bad_settings(setting, value, message):
-    with pytest.raises(ValueError, match=message):
-        WorldVLAConfig(**{"hidden_size": 64, "num_attention_heads": 4, setting: value})
+    content = {"hidden_size": 64, "num_attention_heads": 4, setting: value}
+    for make in (lambda: WorldVLAConfig(**content), lambda: WorldVLAConfig.from_dict(content)):
+        with pytest.raises(ConfigurationError, match=message):
+            make()
+
+
+def test_what_transformers_itself_trips_over(tmp_path):
+    for content in ("{half", "[1]", '"x"', "3"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ConfigurationError, match="is no JSON object"):
+            WorldVLAConfig.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="nowhere"):
+        WorldVLAConfig.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ConfigurationError, match="transformers can make no configuration of it"):
+        WorldVLAConfig.from_dict({"id2label": "x"})
 
 
 def test_both_or_neither_input(small):

@@ -16,7 +16,11 @@ from transformers import (
 
 from worldvla_model import loss, masks, published
 from worldvla_model.agent import WorldVLA
-from worldvla_model.configuration_worldvla import PublishedOrChameleonConfig, WorldVLAConfig
+from worldvla_model.configuration_worldvla import (
+    ConfigurationError,
+    PublishedOrChameleonConfig,
+    WorldVLAConfig,
+)
 from worldvla_model.decoding import DecodingError, Sampling
 from worldvla_model.modeling_worldvla import (
     CheckpointError,
@@ -36,6 +40,7 @@ AutoProcessor.register(WorldVLAConfig, WorldVLAProcessor)
 
 __all__ = [
     "CheckpointError",
+    "ConfigurationError",
     "DecodingError",
     "Sampling",
     "SequenceLengthError",

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any, Literal, get_args
 
 from transformers import ChameleonConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from worldvla_model.loss import LossRule
 from worldvla_model.masks import STRATEGIES
 from worldvla_model.published import check_family, config_from_published, is_published
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+_LARGEST = 2**31 - 1
+_NOT_NEGATIVE = ("initializer_range", "rms_norm_eps", "attention_dropout", "dropout", "alpha", "z_loss_weight")
+_SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_cache")
+_IDS = ("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_id")
+
+
+class ConfigurationError(ValueError):
+    """A configuration that no model can be made of."""
 
 
 class WorldVLAConfig(PreTrainedConfig):
@@ -48,6 +68,9 @@ class WorldVLAConfig(PreTrainedConfig):
         bos_token_id: begin of sequence.
         pad_token_id: padding.
         eos_token_id: what ends a generation: the end of turn, since no `</s>` is ever written.
+
+    Raises:
+        ConfigurationError: a value of another type, or out of its range; the message says which is allowed.
 
     Source: published `config.json`; paper §3.2, §4.1.
     """
@@ -88,20 +111,63 @@ class WorldVLAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        self._check_values()
         # transformers' Chameleon attention reads this; its norms are replaced by ours (`qk_norm`).
         self.model_parallel_size = 1
         super().__post_init__(**kwargs)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}; a multiple of num_attention_heads, "
-                f"{self.num_attention_heads}, is needed"
+
+    def _check_values(self) -> None:
+        """Before transformers computes with them."""
+        for name in _SIZES:
+            _require(
+                name, value := getattr(self, name), _is_whole(value, 1), f"whole numbers from 1 to {_LARGEST}"
             )
-        if self.qk_norm not in ("shared", "per_head"):
-            raise ValueError(f"qk_norm is {self.qk_norm!r}; allowed: 'shared', 'per_head'")
-        if self.loss not in get_args(LossRule):
-            raise ValueError(f"loss is {self.loss!r}; allowed: {', '.join(get_args(LossRule))}")
-        if self.attention not in STRATEGIES:
-            raise ValueError(f"attention is {self.attention!r}; allowed: {', '.join(STRATEGIES)}")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            _require(name, value, number and 0 <= value < float("inf"), "numbers from 0")
+        for name in _SWITCHES:
+            _require(name, value := getattr(self, name), isinstance(value, bool), "true and false")
+        for name in _IDS:
+            _require(name, value := getattr(self, name), _is_whole(value, 0), "ids, whole numbers from 0")
+        for name in ("hidden_size", "num_attention_heads"):
+            divisor = "num_attention_heads" if name == "hidden_size" else "num_key_value_heads"
+            value, by = getattr(self, name), getattr(self, divisor)
+            if value % by:
+                raise ConfigurationError(f"{name} is {value}; a multiple of {divisor}, {by}, is needed")
+        choices = {
+            "hidden_act": (*ACT2FN,),
+            "qk_norm": ("shared", "per_head"),
+            "loss": get_args(LossRule),
+            "attention": (*STRATEGIES,),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            known = isinstance(value, str) and value in allowed
+            _require(name, value, known, ", ".join(map(repr, allowed)))
+        _require(
+            "rope_parameters",
+            self.rope_parameters,
+            isinstance(self.rope_parameters, dict | None),
+            "an object of transformers' rope parameters, or null",
+        )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of the content of a `config.json`, as transformers does.
+
+        Raises:
+            ConfigurationError: a value of another type, or out of its range.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except ConfigurationError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+            # Fields of its own transformers uses without a look at their types.
+            raise ConfigurationError(
+                f"transformers can make no configuration of it ({type(error).__name__}: {error})"
+            ) from error
 
     @classmethod
     def get_config_dict(
@@ -111,8 +177,20 @@ class WorldVLAConfig(PreTrainedConfig):
 
         Raises:
             CheckpointError: it is another model's; transformers alone would only warn and go on.
+            ConfigurationError: it is no JSON, or no object.
         """
-        config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (OSError, AttributeError, TypeError, ValueError) as error:
+            no_json = isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError)
+            if isinstance(error, OSError) and not no_json:
+                raise  # there is none
+            raise ConfigurationError(
+                f"config.json of {pretrained_model_name_or_path} is no JSON object ({error})"
+            ) from error
+        if not isinstance(config, dict):
+            kind = type(config).__name__
+            raise ConfigurationError(f"config.json of {pretrained_model_name_or_path} is no JSON object ({kind})")
         check_family(config, str(pretrained_model_name_or_path))
         return (config_from_published(config) if is_published(config) else config), unused
 
@@ -138,6 +216,15 @@ class WorldVLAConfig(PreTrainedConfig):
         return self.eoa_token_id
 
 
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
+
+
+def _require(name: str, value: Any, fits: bool, allowed: str) -> None:
+    if not fits:
+        raise ConfigurationError(f"{name} is {value!r}; allowed: {allowed}")
+
+
 class PublishedOrChameleonConfig(ChameleonConfig):
     """What `AutoConfig` makes of a file that says `model_type: chameleon`.
 
@@ -155,4 +242,4 @@ class PublishedOrChameleonConfig(ChameleonConfig):
 # transformers finds the model of a configuration made by hand by the name of its class.
 PublishedOrChameleonConfig.__name__ = ChameleonConfig.__name__
 
-__all__ = ["PublishedOrChameleonConfig", "WorldVLAConfig"]
+__all__ = ["ConfigurationError", "PublishedOrChameleonConfig", "WorldVLAConfig"]
