@@ -194,7 +194,8 @@ def write_frames(folder: Path, sizes: Sizes, seed: int) -> Path:
         actions = episode.actions[: sizes.steps]
         clean = np.stack([pictures[t % len(pictures)] for t in range(len(actions))])
         frames = (clean + rng.normal(scale=4, size=clean.shape)).clip(0, 255).astype(np.uint8)
-        return replace(episode, actions=actions, frames={CAMERA: frames}, states=None, robot_states=None)
+        left_out = {"states": None, "robot_states": None, "proprioception": None}  # of the whole episode
+        return replace(episode, actions=actions, frames={CAMERA: frames}, **left_out)
 
     keys = raw.list()[0]
     for task in sorted({key.task for key in keys}):

@@ -185,7 +185,8 @@ class SyntheticReplayer:
             episode,
             actions=episode.actions[:steps],
             frames={name: rng.integers(0, 256, size, np.uint8) for name in self.settings.cameras},
-            robot_states=rng.normal(size=(steps, 8)),
+            proprioception=rng.normal(size=(steps, 8)),
+            robot_states=None,
             states=rng.normal(size=(steps, 20)),
             versions={"mujoco": "3.17.0"},
         )

@@ -311,7 +311,8 @@ class Replayer:
             raise EpisodeError(Reason.NO_SUCCESS, f"{raw.id}: the goal is not reached")
         size = self.settings.image_size
         frames = {c: np.full((20, size, size, 3), 7, np.uint8) for c in self.settings.cameras}
-        return replace(raw, actions=raw.actions[:20], frames=frames, robot_states=np.zeros((20, 8)), states=None)
+        felt = np.zeros((20, 8))
+        return replace(raw, actions=raw.actions[:20], frames=frames, proprioception=felt, states=None)
 
 class Hopeless(Replayer):
     def __call__(self, raw):

@@ -46,7 +46,7 @@ def libero_episode(steps: int = 5, **changes) -> Episode:
         instruction="pick up the milk",
         actions=rng.normal(size=(steps, 7)),
         frames={"agentview": frames_of(steps), "robot0_eye_in_hand": frames_of(steps)[:, ::-1]},
-        robot_states=rng.normal(size=(steps, 8)),
+        proprioception=rng.normal(size=(steps, 8)),
         states=rng.normal(size=(steps, 21)),
         seed=steps,
         versions={"mujoco": "3.17.0", "robosuite": "1.4.0"},
@@ -71,7 +71,7 @@ def assert_same(found: Episode, made: Episode, *, cameras: bool = True) -> None:
     assert found.seed == made.seed
     assert found.versions == made.versions
     assert found.control_hz == made.control_hz
-    for name in ("actions", "robot_states", "states"):
+    for name in ("actions", "proprioception", "states"):
         expected = getattr(made, name)
         if expected is None:
             assert getattr(found, name) is None
@@ -133,7 +133,7 @@ def test_libero_s_own_frames_of_raw_files_can_be_read_if_no_replay_is_wanted(tmp
     read = source.read("milk_demo/demo_0", source.cameras)
     assert read.instruction == "pick up the milk"
     np.testing.assert_array_equal(read.frames["agentview"], upside_down[:, ::-1, ::-1])
-    np.testing.assert_array_equal(read.robot_states, [[2.0] * 6 + [3.0] * 2] * 3)
+    np.testing.assert_array_equal(read.proprioception, [[2.0] * 6 + [3.0] * 2] * 3)
     assert HDF5Source(tmp_path).needs_replay
     assert HDF5Source(tmp_path).cameras == ()
 
@@ -191,7 +191,7 @@ def test_a_robot_of_another_kind_keeps_its_frames_as_they_are(tmp_path):
     assert read.actions.shape == (3, 4)
     assert read.actions.dtype == np.float64
     np.testing.assert_array_equal(read.frames["front"], frames)
-    np.testing.assert_array_equal(read.robot_states, states)
+    np.testing.assert_array_equal(read.proprioception, states)
     assert read.states is None
     assert read.control_hz == 50
     with pytest.raises(EpisodeError, match=r"stack/demo_0: no frames of camera 'agentview'; existing: front"):
@@ -431,9 +431,9 @@ def test_a_file_cut_anywhere_is_an_unreadable_file(tmp_path_factory, share):
     "made",
     [
         libero_episode(),
-        libero_episode(frames={}, robot_states=None, states=None, seed=None, versions={}),
+        libero_episode(frames={}, proprioception=None, states=None, seed=None, versions={}),
         libero_episode(frames={"front": frames_of(5)}, actions=RNG.normal(size=(5, 4)), control_hz=50.0),
-        libero_episode(frames={"front": frames_of(5)}, robot_states=RNG.normal(size=(5, 9)), states=None),
+        libero_episode(frames={"front": frames_of(5)}, proprioception=RNG.normal(size=(5, 9)), states=None),
         libero_episode(states=RNG.normal(size=(1, 21))),
         libero_episode(instruction='put the mug that says "hi" on the plate — now'),
     ],
@@ -456,8 +456,8 @@ def test_frames_are_stored_as_libero_stores_them(tmp_path):
         demo = data["demo_0"]
         stored = demo["obs/agentview_rgb"][:]
         np.testing.assert_array_equal(stored[:, ::-1, ::-1], made.frames["agentview"])
-        np.testing.assert_array_equal(demo["obs/ee_states"], made.robot_states[:, :6])
-        np.testing.assert_array_equal(demo["obs/gripper_states"], made.robot_states[:, 6:])
+        np.testing.assert_array_equal(demo["obs/ee_states"], made.proprioception[:, :6])
+        np.testing.assert_array_equal(demo["obs/gripper_states"], made.proprioception[:, 6:])
         assert demo["dones"][:].tolist() == demo["rewards"][:].tolist() == [0, 0, 0, 0, 1]
         assert demo.attrs["num_samples"] == 5
         assert json.loads(data.attrs["problem_info"]) == {"language_instruction": "pick up the milk"}

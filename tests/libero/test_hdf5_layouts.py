@@ -364,6 +364,12 @@ def test_libero_s_frames_are_turned_unless_the_file_says_that_they_are_upright(t
 
 # Proprioception
 
+ROBOMIMIC = {
+    "robot0_eef_pos": np.ones((STEPS, 3)),
+    "robot0_eef_quat": np.ones((STEPS, 4)) / 2,
+    "robot0_gripper_qpos": np.ones((STEPS, 2)),
+}
+
 
 @pytest.mark.parametrize(
     ("observed", "expected"),
@@ -378,11 +384,14 @@ def test_libero_s_frames_are_turned_unless_the_file_says_that_they_are_upright(t
         ({"ee_states": np.array([b"x"] * STEPS), "gripper_states": np.ones((STEPS, 2))}, None),
         ({"ee_states": np.ones((STEPS, 2, 3)), "gripper_states": np.ones((STEPS, 2))}, None),
         ({"ee_states": np.ones((STEPS, 6))}, None),
+        ({"proprioception": np.ones((STEPS, 12))}, (STEPS, 12)),
+        (ROBOMIMIC, (STEPS, 8)),
+        (ROBOMIMIC | {"robot0_gripper_qpos": np.ones((STEPS, 6))}, None),
     ],
 )
 def test_no_episode_is_lost_for_its_proprioception(tmp_path, observed, expected):
     write(tmp_path / "a_demo.hdf5", ONE | {f"obs/{key}": array for key, array in observed.items()})
-    found = HDF5Source(tmp_path).read("a_demo/demo_0", ["agentview"]).robot_states
+    found = HDF5Source(tmp_path).read("a_demo/demo_0", ["agentview"]).proprioception
     assert (None if found is None else found.shape) == expected
 
 

@@ -45,7 +45,7 @@ def _episode(number: int, steps: int = 9, **changes) -> Episode:
             "task": f"task_{number % 2}",
             "instruction": f"do task {number % 2}",
             "actions": rng.normal(size=(steps, 7)),
-            "robot_states": rng.normal(size=(steps, 8)),
+            "proprioception": rng.normal(size=(steps, 8)),
             "frames": {"agentview": _scene(number, steps), "robot0_eye_in_hand": _scene(number + 50, steps)},
         }
         | changes
@@ -68,7 +68,7 @@ def _made(name: str) -> list[Episode]:
                 task=MADE["task"](i),
                 instruction=MADE["task"](i),
                 actions=MADE["vectors"](i, about["action"][1], 0).astype(float),
-                robot_states=MADE["vectors"](i, about["state"][1], 50).astype(float),
+                proprioception=MADE["vectors"](i, about["state"][1], 50).astype(float),
                 frames={camera: MADE["frames"](i, c) for c, camera in enumerate(about["cameras"])},
                 control_hz=about["fps"],
             )
@@ -80,8 +80,8 @@ def _assert_same(got: Episode, given: Episode, keys: dict[str, str], *, psnr: fl
     check_episode(got)
     assert got.instruction == got.task == given.instruction
     np.testing.assert_array_equal(got.actions, given.actions.astype(np.float32))
-    np.testing.assert_array_equal(got.robot_states, given.robot_states.astype(np.float32))
-    assert got.actions.dtype == got.robot_states.dtype == np.float64
+    np.testing.assert_array_equal(got.proprioception, given.proprioception.astype(np.float32))
+    assert got.actions.dtype == got.proprioception.dtype == np.float64
     assert set(got.frames) == {keys[camera] for camera in given.frames}
     for camera, frames in given.frames.items():
         if psnr == np.inf:
@@ -164,13 +164,13 @@ def test_agentview_comes_first_and_keys_can_be_named(libero):
     _edit_info(libero, features=dict(reversed(features.items())))
     assert LeRobotSource(libero).cameras == (AGENTVIEW, WRIST)
     swapped = LeRobotSource(libero, action_key="observation.state", state_key="timestamp").read("episode_000001")
-    np.testing.assert_array_equal(swapped.actions, _made("libero")[1].robot_states)
+    np.testing.assert_array_equal(swapped.actions, _made("libero")[1].proprioception)
     np.testing.assert_allclose(
-        swapped.robot_states, np.arange(5)[:, None] / 10, rtol=1e-6
+        swapped.proprioception, np.arange(5)[:, None] / 10, rtol=1e-6
     )  # of one element: (T, 1)
     del features["observation.state"]
     _edit_info(libero, features=features)
-    assert LeRobotSource(libero).read("episode_000001").robot_states is None
+    assert LeRobotSource(libero).read("episode_000001").proprioception is None
 
 
 @settings(max_examples=15, deadline=None)
@@ -661,8 +661,8 @@ def test_rows_of_which_numbers_are_none(libero):
 
 def test_states_that_nobody_asked_for_may_be_missing(libero):
     pq.write_table(pq.read_table(libero / DATA).drop_columns(["observation.state"]), libero / DATA)
-    assert LeRobotSource(libero).read("episode_000001").robot_states is None
-    assert LeRobotSource(libero).read("episode_000002").robot_states is not None
+    assert LeRobotSource(libero).read("episode_000001").proprioception is None
+    assert LeRobotSource(libero).read("episode_000002").proprioception is not None
     asked = LeRobotSource(libero, state_key="observation.state")
     _refused(asked, Reason.MISSING_KEY, f"{DATA}: no observation.state; existing")
 
@@ -864,7 +864,7 @@ def test_png_round_trip_is_exact(tmp_path_factory, lengths, size, width, states,
             task="t",
             instruction=f"träge {i % 3}",
             actions=rng.normal(size=(n, width)),
-            robot_states=rng.normal(size=(n, 3)) if states else None,
+            proprioception=rng.normal(size=(n, 3)) if states else None,
             frames={"agentview": rng.integers(0, 256, (n, *size, 3), dtype=np.uint8)},
             control_hz=5,
         )
@@ -882,9 +882,9 @@ def test_png_round_trip_is_exact(tmp_path_factory, lengths, size, width, states,
         np.testing.assert_array_equal(got.actions, given_.actions.astype(np.float32))
         np.testing.assert_array_equal(got.frames[AGENTVIEW], given_.frames["agentview"])
         if states:
-            np.testing.assert_array_equal(got.robot_states, given_.robot_states.astype(np.float32))
+            np.testing.assert_array_equal(got.proprioception, given_.proprioception.astype(np.float32))
         else:
-            assert got.robot_states is None
+            assert got.proprioception is None
 
 
 KEYS = {"agentview": AGENTVIEW, "robot0_eye_in_hand": WRIST}
@@ -1002,10 +1002,18 @@ def test_same_episodes_same_bytes(tmp_path, video):
     [
         ({"actions": np.zeros((9, 6))}, Reason.ACTION_WIDTH, r"demo_1: 'action' has shape \[6\]; .* has \[7\]"),
         ({"actions": np.full((9, 7), np.nan)}, Reason.NOT_FINITE, "demo_1: action 0"),
-        ({"robot_states": np.zeros((9, 9))}, Reason.ACTION_WIDTH, r"demo_1: 'observation.state' has shape \[9\]"),
-        ({"robot_states": np.zeros((8, 8))}, Reason.ACTION_WIDTH, r"robot_states have shape \(8, 8\); \(9, S\)"),
-        ({"robot_states": np.full((9, 8), np.inf)}, Reason.NOT_FINITE, "demo_1: robot_states hold inf"),
-        ({"robot_states": None}, Reason.MISSING_KEY, "demo_1 has features .*; the first episode has .*state"),
+        (
+            {"proprioception": np.zeros((9, 9))},
+            Reason.ACTION_WIDTH,
+            r"demo_1: 'observation.state' has shape \[9\]",
+        ),
+        (
+            {"proprioception": np.zeros((8, 8))},
+            Reason.ACTION_WIDTH,
+            r"its proprioception has shape \(8, 8\); \(9, S\)",
+        ),
+        ({"proprioception": np.full((9, 8), np.inf)}, Reason.NOT_FINITE, "demo_1: its proprioception holds inf"),
+        ({"proprioception": None}, Reason.MISSING_KEY, "demo_1 has features .*; the first episode has .*state"),
         ({"frames": {"agentview": _scene(0, 9)}}, Reason.MISSING_KEY, "demo_1 has features"),
         (
             {"frames": {k: _scene(0, 9, 32, 32) for k in KEYS}},
@@ -1132,7 +1140,7 @@ def test_the_real_lerobot_reads_it(tmp_path, lerobot_python, video):
         begin, end = end, end + len(episode)
         span, before_last = slice(begin, end), slice(begin, end - 2)
         np.testing.assert_array_equal(seen["action"][span], episode.actions.astype(np.float32))
-        np.testing.assert_array_equal(seen["observation.state"][span], episode.robot_states.astype(np.float32))
+        np.testing.assert_array_equal(seen["observation.state"][span], episode.proprioception.astype(np.float32))
         assert set(seen["task"][span]) == {episode.instruction}
         assert set(seen["episode_index"][span]) == {i}
         np.testing.assert_array_equal(seen["frame_index"][span], np.arange(len(episode)))

@@ -98,9 +98,9 @@ def test_a_replay_is_the_simulator_driven_by_hand(short, replayed):
         for t, action in enumerate(actions):
             np.testing.assert_array_equal(replayed.states[t], simulator.state if t else short.states[0])
             fingers, position, quaternion = np.split(simulator.robot_state, [2, 5])
-            np.testing.assert_array_equal(replayed.robot_states[t, :3], position)
-            np.testing.assert_array_equal(replayed.robot_states[t, 6:], fingers)
-            turned = Rotation.from_rotvec(replayed.robot_states[t, 3:6]) * Rotation.from_quat(quaternion).inv()
+            np.testing.assert_array_equal(replayed.proprioception[t, :3], position)
+            np.testing.assert_array_equal(replayed.proprioception[t, 6:], fingers)
+            turned = Rotation.from_rotvec(replayed.proprioception[t, 3:6]) * Rotation.from_quat(quaternion).inv()
             assert turned.magnitude() < 1e-6
             for camera in CAMERAS:  # before the action
                 np.testing.assert_array_equal(replayed.frames[camera][t], now.frames[camera])
@@ -124,14 +124,14 @@ def test_what_is_known_of_an_episode_is_kept_and_its_versions_are_those_of_the_r
 def test_without_rendering_there_are_no_frames_and_the_same_states(blind, short, replayed):
     seen = blind(short)
     assert seen.frames == {}
-    for name in ("actions", "states", "robot_states"):
+    for name in ("actions", "states", "proprioception"):
         np.testing.assert_array_equal(getattr(seen, name), getattr(replayed, name))
 
 
 def test_a_whole_demonstration_is_reproduced(recorded, whole):
     np.testing.assert_array_equal(whole.actions, recorded.actions)
     np.testing.assert_array_equal(whole.states[0], recorded.states[0])
-    assert len(whole.states) == len(whole.robot_states) == len(recorded)
+    assert len(whole.states) == len(whole.proprioception) == len(recorded)
 
 
 def test_pauses_can_be_kept(blind, short, monkeypatch):
@@ -139,7 +139,7 @@ def test_pauses_can_be_kept(blind, short, monkeypatch):
     paused = with_pauses(short.actions)
     seen = blind(replace(short, actions=paused))
     np.testing.assert_array_equal(seen.actions, paused)
-    assert len(seen.states) == len(seen.robot_states) == len(paused)
+    assert len(seen.states) == len(seen.proprioception) == len(paused)
 
 
 def test_an_episode_without_a_seed_is_placed_by_the_protocol(blind, short):
@@ -235,7 +235,7 @@ def test_hdf5_is_read_back_as_it_was_replayed(tmp_path, work, synthetic):
         made = work.SyntheticReplayer(ReplaySettings(32, CAMERAS), suite="")(raw.read(id))
         found = source.read(id, CAMERAS)
         assert (found.task, found.instruction, found.seed) == (made.task, made.instruction, made.seed)
-        for name in ("actions", "states", "robot_states"):
+        for name in ("actions", "states", "proprioception"):
             np.testing.assert_array_equal(getattr(found, name), getattr(made, name))
         for camera in CAMERAS:
             np.testing.assert_array_equal(found.frames[camera], made.frames[camera])
@@ -255,7 +255,7 @@ def test_a_lerobot_data_set_is_read_back_as_it_was_replayed(tmp_path, work, synt
         assert found.instruction == made.instruction
         assert found.control_hz == 20
         np.testing.assert_array_equal(found.actions, made.actions.astype(np.float32))
-        np.testing.assert_array_equal(found.robot_states, made.robot_states.astype(np.float32))
+        np.testing.assert_array_equal(found.proprioception, made.proprioception.astype(np.float32))
         for stored, camera in zip(source.cameras, CAMERAS, strict=True):
             np.testing.assert_array_equal(found.frames[stored], made.frames[camera])
 
@@ -336,7 +336,7 @@ def test_two_workers_render_the_bytes_that_one_does(tmp_path, work, short, repla
         assert record["tasks"] == {SAUCE: {"replayed": 2, "kept": 2}}
     assert work.files(tmp_path / "2") == work.files(tmp_path / "1")
     found = HDF5Source(tmp_path / "1").read(short.id, CAMERAS)
-    for name in ("actions", "states", "robot_states"):
+    for name in ("actions", "states", "proprioception"):
         np.testing.assert_array_equal(getattr(found, name), getattr(replayed, name))
     for camera in CAMERAS:
         np.testing.assert_array_equal(found.frames[camera], replayed.frames[camera])

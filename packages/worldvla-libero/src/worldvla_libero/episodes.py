@@ -108,8 +108,10 @@ class Episode:
             +1 closed).
         frames: (T, H, W, 3) uint8 by camera, upright; frame t is what the camera saw *before* action t. Empty for
             raw demonstrations, which a replay has yet to render.
-        robot_states: (T, S) float64 proprioception, row t before action t (LIBERO: position of the hand [m], its
-            axis-angle [rad], both fingers [m]); None where the source has none.
+        proprioception: (T, S) float64, what the robot feels of itself, row t before action t (LIBERO: position of
+            the hand [m], its axis-angle [rad], both fingers [m]); None where the source has none.
+        robot_states: (T or 1, 9) float64, what LIBERO's own files hold under this name: both fingers [m], position
+            [m] and unit quaternion (x, y, z, w) of the hand; None where the source has none.
         states: (T or 1, 1 + nq + nv) float64 states of the simulator, of which a replay needs the first; None
             where there is no simulator.
         seed: of the simulator when it was recorded; None if unknown.
@@ -122,6 +124,7 @@ class Episode:
     instruction: str
     actions: NDArray[np.float64]
     frames: Mapping[str, Frames] = field(default_factory=dict)
+    proprioception: NDArray[np.float64] | None = None
     robot_states: NDArray[np.float64] | None = None
     states: NDArray[np.float64] | None = None
     seed: int | None = None

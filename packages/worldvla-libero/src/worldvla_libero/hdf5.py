@@ -29,6 +29,7 @@ from worldvla_libero.hdf5_layouts import (
     proprioception,
     proprioception_of,
     quaternion_to_axis_angle,
+    robot_states_of,
     scene_of,
     text_of,
     unread_images_of,
@@ -205,13 +206,15 @@ class HDF5Source:
             states = demo.get("states")
             seed = demo.attrs.get("seed")
             task = self._listing.tasks[id]
+            raw = "bddl_file_name" in data.attrs
             return Episode(
                 id=id,
                 task=task,
                 instruction=words_of(id, demo, data) or instruction_of(task.rpartition("/")[2]),
                 actions=np.asarray(actions, dtype=np.float64),
                 frames={camera: frames_of(id, demo, camera) for camera in cameras},
-                robot_states=proprioception_of(demo, raw="bddl_file_name" in data.attrs),
+                proprioception=proprioception_of(demo, raw=raw),
+                robot_states=robot_states_of(demo) if raw else None,
                 states=None if states is None else np.asarray(states, dtype=np.float64),
                 seed=None if seed is None else int(seed),
                 versions={n: text_of(data.attrs[n]) for n in _DISTRIBUTIONS if n in data.attrs},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -337,6 +337,8 @@ def _decoded(id: str, camera: str, cells: h5py.Dataset) -> Frames:
 
 # Proprioception
 
+_ROBOMIMIC = ("robot0_gripper_qpos", "robot0_eef_pos", "robot0_eef_quat")  # in the order of LIBERO's robot_states
+
 
 def proprioception_of(demo: h5py.Group, *, raw: bool) -> NDArray[np.float64] | None:
     """(T, S) proprioception; None where there is none, or none that fits the actions.
@@ -345,16 +347,38 @@ def proprioception_of(demo: h5py.Group, *, raw: bool) -> NDArray[np.float64] | N
     """
     observed = _observed(demo)
     steps = len(demo["actions"])
-    parts: list[NDArray[np.float64] | None]
+    if "proprioception" in observed:
+        return _columns(observed["proprioception"], steps)
+    if all(key in observed for key in _ROBOMIMIC):
+        states = _joined(observed, _ROBOMIMIC, steps)
+        return proprioception(states) if states is not None and states.shape[1] == 9 else None
     hand = ("ee_states",) if "ee_states" in observed else ("ee_pos", "ee_ori")
     if all(key in observed for key in (*hand, "gripper_states")):
-        parts = [_columns(observed[key], steps) for key in (*hand, "gripper_states")]
-        found = [part for part in parts if part is not None]
-        return np.concatenate(found, axis=1) if len(found) == len(parts) else None
-    states = _columns(demo["robot_states"], steps) if "robot_states" in demo else None
-    if states is None and "robot_states" in demo and raw:
-        states = _columns(demo["robot_states"], len(demo["states"]))  # raw files may hold the first row alone
-    return proprioception(states) if raw and states is not None and states.shape[1] == 9 else states
+        return _joined(observed, (*hand, "gripper_states"), steps)
+    states = robot_states_of(demo) if raw else None
+    if states is not None:
+        return proprioception(states) if len(states) == steps else None
+    return _columns(demo["robot_states"], steps) if "robot_states" in demo else None
+
+
+def robot_states_of(demo: h5py.Group) -> NDArray[np.float64] | None:
+    """(T or 1, 9) what LIBERO's raw files call `robot_states`; None where there is none of this form.
+
+    Like the states of the simulator, raw files may hold the first row alone.
+    """
+    if "robot_states" not in demo:
+        return None
+    states = _columns(demo["robot_states"], len(demo["actions"]))
+    if states is None and "states" in demo:
+        states = _columns(demo["robot_states"], len(demo["states"]))
+    return states if states is not None and states.shape[1] == 9 else None
+
+
+def _joined(observed: Mapping[str, Any], keys: Sequence[str], steps: int) -> NDArray[np.float64] | None:
+    """(T, S) the columns of several data sets side by side; None where one of them does not fit."""
+    parts = [_columns(observed[key], steps) for key in keys]
+    found = [part for part in parts if part is not None]
+    return np.concatenate(found, axis=1) if len(found) == len(keys) else None
 
 
 def _columns(array: Any, steps: int) -> NDArray[np.float64] | None:

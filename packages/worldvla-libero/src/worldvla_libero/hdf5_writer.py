@@ -28,7 +28,7 @@ def write_demonstrations(path: str | os.PathLike[str], episodes: Iterable[Episod
     Args:
         path: of the file, `<task>_demo.hdf5`.
         episodes: of one task, each ending in success; `demo_0`, `demo_1` … in this order. LIBERO's 8 values of
-            `robot_states` become `obs/ee_states` and `obs/gripper_states`; others are stored as they are.
+            proprioception become `obs/ee_states` and `obs/gripper_states`, any others `obs/proprioception`.
 
     Returns:
         How many episodes were written.
@@ -149,14 +149,15 @@ def _write_demo(demo: h5py.Group, episode: Episode) -> None:
     arrays: dict[str, NDArray | None] = {
         "actions": episode.actions,
         "states": episode.states,
+        "robot_states": episode.robot_states,
         "rewards": last,
         "dones": last,
     }
-    robot = episode.robot_states
-    if robot is not None and robot.shape[1] == 8:
-        arrays |= {"obs/ee_states": robot[:, :6], "obs/gripper_states": robot[:, 6:]}
+    felt = episode.proprioception
+    if felt is not None and felt.shape[1] == 8:
+        arrays |= {"obs/ee_states": felt[:, :6], "obs/gripper_states": felt[:, 6:]}
     else:
-        arrays["robot_states"] = robot
+        arrays["obs/proprioception"] = felt
     names = {camera: key for key, camera in LIBERO_CAMERAS.items()}
     for camera, frames in episode.frames.items():
         key = names.get(camera, camera)

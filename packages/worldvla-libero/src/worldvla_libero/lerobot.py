@@ -148,7 +148,7 @@ class LeRobotSource:
             instruction=instruction,
             actions=_vectors(id, action_key, cells[action_key]),
             frames=frames,
-            robot_states=_vectors(id, state_key, cells[state_key]) if state_key in cells else None,
+            proprioception=_vectors(id, state_key, cells[state_key]) if state_key in cells else None,
             control_hz=self._control_hz,
         )
 

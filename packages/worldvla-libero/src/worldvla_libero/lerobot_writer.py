@@ -149,8 +149,8 @@ class _DataSet:
             raise ValueError(f"fps is {self.fps}, but {episode.id} was recorded at {episode.control_hz:g} Hz")
         frames = self._frames_by_key(episode)
         vectors = {ACTION_KEY: episode.actions.astype(np.float32)}
-        if episode.robot_states is not None:
-            vectors[STATE_KEY] = _checked_states(episode.id, episode.robot_states, len(episode))
+        if episode.proprioception is not None:
+            vectors[STATE_KEY] = _checked_states(episode.id, episode.proprioception, len(episode))
         self._check_features(episode.id, _features(vectors, frames, None if self.crf is None else self.fps))
 
         numbers = {**vectors, **self._row_numbers(len(episode), episode.instruction)}  # (T, D) each
@@ -371,10 +371,10 @@ def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _checked_states(id: str, states: NDArray[np.float64], steps: int) -> NDArray[np.float32]:
     if states.ndim != 2 or len(states) != steps:
         raise EpisodeError(
-            Reason.ACTION_WIDTH, f"{id}: robot_states have shape {states.shape}; ({steps}, S) needed"
+            Reason.ACTION_WIDTH, f"{id}: its proprioception has shape {states.shape}; ({steps}, S) needed"
         )
     if not np.isfinite(states).all():
-        raise EpisodeError(Reason.NOT_FINITE, f"{id}: robot_states hold {states[~np.isfinite(states)][0]}")
+        raise EpisodeError(Reason.NOT_FINITE, f"{id}: its proprioception holds {states[~np.isfinite(states)][0]}")
     return states.astype(np.float32)
 
 

@@ -312,7 +312,7 @@ class LoadEpisode:
         if self.replayer:
             episode = self.replayer(episode)
             check_episode(episode, min_steps=self.min_steps)  # it has lost its no-ops
-        return replace(episode, states=None, robot_states=None)  # not needed further on
+        return replace(episode, states=None, robot_states=None, proprioception=None)  # not needed further on
 
 
 class Tokenize:
