@@ -36,12 +36,13 @@ import numpy as np
 from common import FIXTURES, print_machine, print_others, table, watching_others, yes
 from PIL import Image
 
+from worldvla_libero.data_record import RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
 from worldvla_libero.episodes import Dropped, Episode, EpisodeKey
 from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.jobs import WORK_FOLDER
 from worldvla_libero.prepare import PART_SUFFIX, PrepareSettings, load_image_tokenizer, plan, prepare
 from worldvla_libero.samples import ActionSamples, SampleKind, SampleWriter, TokenSamples, WorldSamples
-from worldvla_libero.shards import RECORD_FILE, TokenDataset, TokenEpisode, fingerprint_of, write_episodes
+from worldvla_libero.shards import TokenDataset, TokenEpisode, read_episodes, write_episodes
 from worldvla_tokenizers import ActionTokenizer, TextTokenizer
 from worldvla_tokenizers.sequence import Sample
 
@@ -365,12 +366,13 @@ def synthetic(episodes: int, seed: int, *, shortest: int = 90, longest: int = 16
 def write_data_set(folder: Path, episodes: Iterable[TokenEpisode]) -> TokenDataset:
     """A token data set of one shard."""
     settings: dict[str, Any] = {"codes": "synthetic"}
-    fingerprint, file = fingerprint_of(settings), "data/train-00000-of-00001.arrow"
+    file = "data/train-00000-of-00001.arrow"
     (folder / "data").mkdir(parents=True)
-    write_episodes(folder / file, episodes, {"fingerprint": fingerprint})
+    write_episodes(folder / file, episodes, {"fingerprint": fingerprint_of(settings)})
+    steps = [len(episode) for episode in read_episodes(folder / file)[0]]
     ActionTokenizer.published().save_pretrained(folder)
-    record = {"settings": settings, "fingerprint": fingerprint, "splits": {"train": {"files": [file]}}}
-    (folder / RECORD_FILE).write_text(json.dumps(record))
+    record = DataRecord(settings=settings, splits={"train": SplitRecord(len(steps), sum(steps), (file,))})
+    (folder / RECORD_FILE).write_text(json.dumps(record.content()))
     return TokenDataset(folder)
 
 

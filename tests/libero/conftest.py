@@ -11,8 +11,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from worldvla_libero.data_record import RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
 from worldvla_libero.policies import AGENTVIEW, WRIST
-from worldvla_libero.shards import RECORD_FILE, TokenEpisode, fingerprint_of, write_episodes
+from worldvla_libero.shards import TokenEpisode, write_episodes
 from worldvla_libero.simulator import Simulator
 from worldvla_libero.suites import load_suite
 from worldvla_tokenizers import ActionTokenizer
@@ -55,8 +56,9 @@ def make_data_set(root: Path, made: list[TokenEpisode], *, per_shard: int = 100,
         files.append(f"data/train-{len(files):05d}.arrow")
         chunk = made[start : start + per_shard]
         write_episodes(root / files[-1], chunk, {"fingerprint": fingerprint_of(settings)})
-    record = {"settings": settings, "fingerprint": fingerprint_of(settings), "splits": {"train": {"files": files}}}
-    (root / RECORD_FILE).write_text(json.dumps(record))
+    train = SplitRecord(len(made), sum(map(len, made)), tuple(files))
+    record = DataRecord(settings=settings, splits={"train": train}, name=root.name)
+    (root / RECORD_FILE).write_text(json.dumps(record.content()))
     ActionTokenizer.published().save_pretrained(root)
     return root
 

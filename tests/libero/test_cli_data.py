@@ -16,7 +16,8 @@ import torch
 from worldvla_libero import cli, default_model_path
 from worldvla_libero import collect as collecting
 from worldvla_libero import replay as replaying
-from worldvla_libero.episodes import Episode
+from worldvla_libero.data_record import DataRecord
+from worldvla_libero.episodes import Dropped, Episode
 from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.jobs import Job
 from worldvla_libero.prepare import PrepareSettings, open_source, plan
@@ -190,7 +191,7 @@ def test_prepare_hands_every_option_on(source, tiny, tmp_path, monkeypatch):
 
     def remember(planned, out, place, settings, **options):
         calls.append((planned, out, place, settings, options))
-        return {"splits": {}, "dropped": []}
+        return DataRecord(settings={}, splits={})
 
     monkeypatch.setattr(worldvla_libero.prepare, "prepare", remember)
     arguments = f"prepare {source} --out o --tokenizer {tiny} --image-size 64 --camera agentview --replay always "
@@ -236,12 +237,15 @@ def test_prepare_lists_what_was_dropped_or_stops_there_if_strict(spoiled, tiny, 
     assert rows(printed)[-2:] == [["episode", "why", "what"], row]
     assert cli.main(["prepare", spoiled, "--tokenizer", tiny, "--out", "s", "--strict"]) == cli.EXIT_USAGE
     assert "EpisodeError: not finite: b_demo/demo_1: action 7, dimension 2 is nan" in capsys.readouterr().err
+    everything = ["prepare", spoiled, "--tokenizer", tiny, "--out", "n", "--min-steps", "1000"]
+    assert cli.main(everything) == cli.EXIT_FAILED
+    assert "is left: 6 dropped (not finite, too short)" in capsys.readouterr().err
 
 
 def test_a_long_list_of_dropped_episodes_is_cut_and_words_are_not_markup(capsys):
     from worldvla_libero.cli_data import _console, _print_dropped
 
-    dropped = [{"id": f"[red]/{n}", "reason": "too short", "message": "[/b] 3"} for n in range(12)]
+    dropped = [Dropped(f"[red]/{n}", "too short", "[/b] 3") for n in range(12)]
     _print_dropped(_console(), dropped, Path("o/dataset.json"))
     printed = capsys.readouterr().out
     assert [row[0] for row in rows(printed)] == ["episode", *(f"[red]/{n}" for n in range(10))]
@@ -381,7 +385,7 @@ def test_replay_that_reproduces_nothing_fails(stand_ins, tmp_path, capsys, monke
     monkeypatch.setattr(replaying, "Replayer", import_module("stand_ins").Hopeless)
     assert cli.main(["replay", str(DEMOS)]) == cli.EXIT_FAILED
     assert "dropped: 4 (no success on replay: 4)" in capsys.readouterr().out
-    assert cli.main(["replay", str(DEMOS), "o"]) != cli.EXIT_OK
+    assert cli.main(["replay", str(DEMOS), "o"]) == cli.EXIT_FAILED
     assert "no episode of libero_object is left: 4 dropped (no success on replay)" in capsys.readouterr().err
     (tmp_path / "cut").mkdir()
     whole = (DEMOS / f"{SOUP}_demo.hdf5").read_bytes()

@@ -14,12 +14,13 @@ from PIL import Image
 from worldvla_libero import cli
 from worldvla_libero import imagine as imagining
 from worldvla_libero.backbones import Backbones
+from worldvla_libero.data_record import RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
 from worldvla_libero.episodes import Episode
 from worldvla_libero.hdf5 import write_demonstrations
 from worldvla_libero.imagine import ImagineSettings, imagine
 from worldvla_libero.jobs import JobError
 from worldvla_libero.report import write_report
-from worldvla_libero.shards import RECORD_FILE, TokenEpisode, fingerprint_of, write_episodes
+from worldvla_libero.shards import TokenEpisode, write_episodes
 from worldvla_libero.trajectories import open_trajectories
 from worldvla_libero.world_metrics import frame_ssim, frechet_distance, psnr
 from worldvla_model import WorldVLA
@@ -69,9 +70,9 @@ def tokens(tmp_path_factory, agent) -> Path:
         codes = agent.processor.images.encode(one.frames["front"]).astype(np.uint16)
         made.append(TokenEpisode(f"push/demo_{n}", "push", "push it", codes, one.actions))
     write_episodes(root / "data/validation.arrow", made, {"fingerprint": fingerprint_of(settings)})
-    splits = {"validation": {"files": ["data/validation.arrow"]}}
-    record = {"name": "pushed", "settings": settings, "fingerprint": fingerprint_of(settings), "splits": splits}
-    (root / RECORD_FILE).write_text(json.dumps(record | {"control_hz": 10}))
+    splits = {"validation": SplitRecord(len(made), sum(map(len, made)), ("data/validation.arrow",))}
+    record = DataRecord(settings=settings, splits=splits, name="pushed", control_hz=10)
+    (root / RECORD_FILE).write_text(json.dumps(record.content()))
     ActionTokenizer.published().save_pretrained(root)
     return root
 

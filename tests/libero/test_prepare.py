@@ -29,14 +29,15 @@ from PIL import Image
 
 from worldvla_libero import prepare as preparation
 from worldvla_libero import processes
-from worldvla_libero.episodes import Episode, EpisodeError, Reason, Source, split
+from worldvla_libero.data_record import ShardError
+from worldvla_libero.episodes import Episode, EpisodeError, NoEpisodeLeftError, Reason, Source, split
 from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.jobs import JobError, StorageError
 from worldvla_libero.prepare import PrepareError, PrepareSettings, load_image_tokenizer, open_source, plan, prepare
 from worldvla_libero.replay import Replayer, ReplaySettings
 from worldvla_libero.report.data_page import Preview
 from worldvla_libero.samples import ActionSamples, SampleWriter, TokenSamples, VideoSamples, WorldSamples
-from worldvla_libero.shards import ShardError, TokenDataset
+from worldvla_libero.shards import TokenDataset
 from worldvla_libero.simulator import SimulatorError
 from worldvla_libero.versions import SIMULATOR, installed_versions
 from worldvla_model.processing_worldvla import ProcessorSettings, WorldVLAProcessor
@@ -255,9 +256,9 @@ def test_replayed_demonstrations_are_a_data_set_with_record_page_and_card(replay
         "index.html",
     ]
     data = TokenDataset(replayed)
-    settings, record = data.record["settings"], data.record
+    settings, record = data.record.settings, data.record
     assert [(e.task, e.codes.shape[1:]) for e in data] == [(task, (4, 4)) for task in TASKS]
-    assert (settings["camera"], settings["replay"]["image_size"], record["dropped"]) == ("agentview", 64, [])
+    assert (settings["camera"], settings["replay"]["image_size"], record.dropped) == ("agentview", 64, ())
     assert settings["simulator"] == installed_versions(SIMULATOR)
     page, card = ((replayed / name).read_text() for name in ("index.html", "README.md"))
     for e in data:
@@ -300,9 +301,9 @@ def test_data_sets_of_lerobot_become_samples(tmp_path, published, quick, folder,
     settings = replace(SMALL, camera=camera if folder == "so101" else None, fraction=0.75)
     source = open_source(FIXTURES / "lerobot" / folder)
     record = run(source, tmp_path, published.tokenizer, settings)
-    assert record["settings"]["camera"] == camera
-    assert record["control_hz"] == hz
-    assert {name: row["episodes"] for name, row in record["splits"].items()} == {"train": 3, "validation": 1}
+    assert record.settings["camera"] == camera
+    assert record.control_hz == hz
+    assert {name: row.episodes for name, row in record.splits.items()} == {"train": 3, "validation": 1}
     data, text = TokenDataset(tmp_path), TextTokenizer.from_pretrained(published.tokenizer)
     assert data.actions.dimensions == dimensions
     tokens, labels = TokenSamples(data, ActionSamples(2, 5), text)[0]
@@ -317,7 +318,7 @@ def test_data_sets_of_lerobot_become_samples(tmp_path, published, quick, folder,
 def test_actions_of_any_width_give_bounds_of_that_width(tmp_path, published, quick):
     run(write(tmp_path / "source", dimensions=4), tmp_path / "out", published.tokenizer)
     data = TokenDataset(tmp_path / "out")
-    assert data.record["settings"]["dimensions"] == data.actions.dimensions == data[0].actions.shape[1] == 4
+    assert data.record.settings["dimensions"] == data.actions.dimensions == data[0].actions.shape[1] == 4
     writer = SampleWriter(TextTokenizer.from_pretrained(published.tokenizer), data.actions)
     _, labels = ActionSamples(1, 5).assemble(data[0], 0, writer)
     assert sum(label != -100 for label in labels) == 5 * (4 + 2) + 1
@@ -332,7 +333,7 @@ def test_each_frame_is_encoded_once_in_the_batches_asked_for(tmp_path, tiny, qui
     record = run(source, tmp_path / "out", tiny, settings)
     assert Counter(map(len, encoded)) == (batches or {5: 2, 6: 2, 7: 2})
     assert len({frame.numpy().tobytes() for batch in encoded for frame in batch}) == 36
-    assert record["splits"]["train"]["steps"] == sum(map(len, encoded)) == 36
+    assert record.splits["train"].steps == sum(map(len, encoded)) == 36
     assert run(source, tmp_path / "out", tiny, settings) == record
     assert sum(map(len, encoded)) == 36  # and not again for what is done
 
@@ -387,19 +388,19 @@ def test_raw_demonstrations_go_through_the_simulator_and_its_versions_into_the_r
     settings = replace(SMALL, camera="sideview", replay=ReplaySettings(image_size=48), min_steps=5)
     with pytest.warns(RuntimeWarning, match="OMP_WAIT_POLICY"):
         record = run(source, tmp_path / "out", tiny, settings, device="cpu")
-    assert record["settings"]["replay"] == json.loads(
+    assert record.settings["replay"] == json.loads(
         json.dumps({**vars(ReplaySettings(image_size=48)), "cameras": ["sideview"]})
     )
-    assert record["settings"]["simulator"] == installed_versions(SIMULATOR)
-    assert record["settings"]["camera"] == "sideview"
+    assert record.settings["simulator"] == installed_versions(SIMULATOR)
+    assert record.settings["camera"] == "sideview"
     # 5, 6, 7 steps a file, one less without the pause: the first is then too short, the second fails
-    assert [(d["id"], d["reason"]) for d in record["dropped"]] == [
+    assert [(d.id, d.reason) for d in record.dropped] == [
         ("a_demo/demo_0", "too short"),
         ("a_demo/demo_1", "no success on replay"),
         ("b_demo/demo_0", "too short"),
         ("b_demo/demo_1", "no success on replay"),
     ]
-    assert record["splits"]["train"]["steps"] == 2 * 6
+    assert record.splits["train"].steps == 2 * 6
 
 
 # Shards, splits, bounds
@@ -411,12 +412,12 @@ def test_shards_of_any_size_hold_all_episodes_in_order(tmp_path, tiny, quick, ro
     settings, parts = replace(SMALL, fraction=0.75), []
     run(source, tmp_path / "one", tiny, settings, on_part=lambda _, part: parts.append(part.stat().st_size))
     record = run(source, tmp_path / "out", tiny, settings, max_shard_bytes=int(room * max(parts)))
-    for name, row in record["splits"].items():
-        n = len(row["files"])
-        assert row["files"] == [f"data/{name}-{i:05d}-of-{n:05d}.arrow" for i in range(n)]
-        assert n == row["episodes"] if room <= 1 else n == 1 if room == 1000 else 1 < n < row["episodes"]
+    for name, row in record.splits.items():
+        n = len(row.files)
+        assert [*row.files] == [f"data/{name}-{i:05d}-of-{n:05d}.arrow" for i in range(n)]
+        assert n == row.episodes if room <= 1 else n == 1 if room == 1000 else 1 < n < row.episodes
         data, whole = TokenDataset(tmp_path / "out", name), TokenDataset(tmp_path / "one", name)
-        assert len(data) == row["episodes"] == {"train": 9, "validation": 3}[name]
+        assert len(data) == row.episodes == {"train": 9, "validation": 3}[name]
         for a, b in zip(data, whole, strict=True):
             assert (a.id, a.task, a.instruction) == (b.id, b.task, b.instruction)
             np.testing.assert_array_equal(a.codes, b.codes)
@@ -424,7 +425,7 @@ def test_shards_of_any_size_hold_all_episodes_in_order(tmp_path, tiny, quick, ro
         everything = [key.id for key in open_source(source).list()[0]]
         assert [e.id for e in data] == [id for id in everything if id in ids(tmp_path / "out", name)]
     assert sorted(f"data/{p.name}" for p in (tmp_path / "out" / "data").iterdir()) == sorted(
-        file for row in record["splits"].values() for file in row["files"]
+        file for row in record.splits.values() for file in row.files
     )
 
 
@@ -438,8 +439,8 @@ def test_bounds_are_those_of_the_training_episodes_alone(tmp_path, tiny, quick, 
         outlier = next(i for i in range(4) if splits[f"b_demo/demo_{i}"] == "validation")
         content[f"data/demo_{outlier}/actions"][0] = 1e6
     record = run(source, tmp_path / "out", tiny, settings)
-    assert record["splits"].keys() == set(splits.values())
-    for name in record["splits"]:
+    assert record.splits.keys() == set(splits.values())
+    for name in record.splits:
         assert sorted(ids(tmp_path / "out", name)) == sorted(id for id, s in splits.items() if s == name)
     if rule == "published":  # two of three tasks, and of these two of four
         assert ids(tmp_path / "out") == [f"{task}_demo/demo_{i}" for task in "ab" for i in (0, 1)]
@@ -454,7 +455,7 @@ def test_bounds_are_those_of_the_training_episodes_alone(tmp_path, tiny, quick, 
 def test_a_limit_takes_turns_over_the_tasks(tmp_path, tiny, quick):
     record = run(write(tmp_path / "source", each=3), tmp_path / "out", tiny, replace(SMALL, fraction=1), limit=4)
     assert ids(tmp_path / "out") == ["a_demo/demo_0", "a_demo/demo_1", "b_demo/demo_0", "c_demo/demo_0"]
-    assert record["dropped"] == []
+    assert record.dropped == ()
 
 
 # Bad input
@@ -541,16 +542,16 @@ def test_a_fault_is_named_and_the_rest_goes_on_or_stops_there_if_strict(tmp_path
     source = write(tmp_path / "source", "abc")
     spoil(source / FILE)
     record = run(source, tmp_path / "out", tiny)
-    (dropped,) = record["dropped"]
-    assert dropped == {"id": id, "reason": str(reason), "message": dropped["message"]}
-    assert dropped["message"].startswith(f"{id}: {message}")
+    (dropped,) = record.dropped
+    assert (dropped.id, dropped.reason) == (id, str(reason))
+    assert dropped.message.startswith(f"{id}: {message}")
     kept = [f"{task}_demo/demo_{i}" for task in "abc" for i in (0, 1)]
     kept = [one for one in kept if one != id and (id != FILE or not one.startswith("b"))]
     assert ids(tmp_path / "out") == kept
     with pytest.raises(EpisodeError) as caught:
         run(source, tmp_path / "strict", tiny, strict=True)
     assert caught.value.reason is reason
-    assert caught.value.message == dropped["message"]
+    assert caught.value.message == dropped.message
     assert not (tmp_path / "strict" / "dataset.json").exists()
 
 
@@ -569,7 +570,7 @@ def test_many_faults_in_one_data_set_are_reported_in_order_whoever_works(tmp_pat
         for number, (_, id, reason, _) in enumerate(FAULTS.values())
     ]
     expected.sort(key=lambda row: "/" in row[0])  # files are found out first
-    assert [(d["id"], d["reason"]) for d in record["dropped"]] == expected
+    assert [(d.id, d.reason) for d in record.dropped] == expected
     readable = len(FAULTS) - 2
     assert sorted(seen) == [f"{n:06d}" for n in range(2 + 2 * readable)]
     assert len(ids(tmp_path / "out")) == 2 + readable
@@ -598,25 +599,25 @@ def test_an_episode_that_kills_its_worker_is_dropped_by_name(tmp_path, tiny, mon
     monkeypatch.syspath_prepend(tmp_path)  # workers get the source by name
     source = import_module("deadly").DeadlySource(write(tmp_path / "source"))
     record = run(source, tmp_path / "out", tiny, replace(SMALL, fraction=1), workers=2)
-    (dropped,) = record["dropped"]
-    assert dropped["reason"] == Reason.WORKER_KILLED
-    assert dropped["id"] == "b_demo/demo_0"
-    assert "SIGKILL" in dropped["message"]
+    (dropped,) = record.dropped
+    assert dropped.reason == Reason.WORKER_KILLED
+    assert dropped.id == "b_demo/demo_0"
+    assert "SIGKILL" in dropped.message
     assert len(ids(tmp_path / "out")) == 5
 
 
 def test_a_data_set_of_nothing_is_refused(tmp_path, tiny, quick):
     source = write(tmp_path / "source", "ab")
-    with pytest.raises(PrepareError, match=r"no episode of source is left: 4 dropped \(too short\)"):
+    with pytest.raises(NoEpisodeLeftError, match=r"no episode of source is left: 4 dropped \(too short\)"):
         run(source, tmp_path / "out", tiny, replace(SMALL, min_steps=8))
     assert not (tmp_path / "out" / "dataset.json").exists()
     truncated(source / "a_demo.hdf5")
     foreign(source / "b_demo.hdf5")
-    with pytest.raises(PrepareError, match=r"source has no episode that can be read: a_demo.*; b_demo.* no group"):
+    with pytest.raises(NoEpisodeLeftError, match=r"has no episode that can be read: a_demo.*; b_demo.* no group"):
         run(source, tmp_path / "out", tiny)
     for name in "cdef":
         truncated(write(tmp_path / "source", name) / f"{name}_demo.hdf5")
-    with pytest.raises(PrepareError, match=r"a_demo.*; b_demo.*; c_demo.*; and 3 more$"):
+    with pytest.raises(NoEpisodeLeftError, match=r"a_demo.*; b_demo.*; c_demo.*; and 3 more$"):
         plan(open_source(source))
 
 

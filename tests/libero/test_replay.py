@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from worldvla_libero.episodes import Episode, EpisodeError, Reason
+from worldvla_libero.episodes import Episode, EpisodeError, NoEpisodeLeftError, Reason
 from worldvla_libero.hdf5 import HDF5Source
 from worldvla_libero.jobs import WORK_FOLDER, JobError, StorageError
 from worldvla_libero.lerobot import LeRobotSource
@@ -296,7 +296,7 @@ def test_strict_stops_at_the_first_failure(tmp_path, synthetic):
 
 def test_a_replay_of_which_nothing_is_left_is_an_error_with_the_reasons(tmp_path, synthetic):
     keys = [key for key in HDF5Source(FIXTURE).list()[0] if key.id == synthetic]
-    with pytest.raises(EpisodeError, match=r"no episode of libero_object is left: 1 dropped \(no success on rep"):
+    with pytest.raises(NoEpisodeLeftError, match=r"no episode of libero_object is left: 1 dropped \(no success"):
         run(tmp_path / "out", keys=keys)
     assert run(None, keys=keys)["tasks"] == {SOUP: {"replayed": 1, "kept": 0}}  # for the report that is an answer
 

@@ -1,17 +1,17 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from worldvla_libero.data_record import RECORD_FILE, DataRecord, ShardError, SplitRecord
+from worldvla_libero.episodes import Dropped
 from worldvla_libero.shards import (
-    RECORD_FILE,
-    ShardError,
     TokenDataset,
     TokenEpisode,
     read_episodes,
-    read_record,
     stream,
     token_episode,
     write_episodes,
@@ -99,7 +99,49 @@ def test_settings_changed_by_hand_are_noticed(tmp_path, episodes, data_set):
     record["settings"]["image_tokenizer"] = "other"
     (root / RECORD_FILE).write_text(json.dumps(record))
     with pytest.raises(ShardError, match="changed by hand"):
-        read_record(root)
+        DataRecord.read(root)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"splits": []}, r"splits is \[\]; dict needed"),
+        ({"splits": {"train": 1}}, "split 'train' is 1; an object needed"),
+        (
+            {"splits": {"train": {"files": [], "episodes": -1, "steps": 0}}},
+            "'train' has -1 episodes; a number",
+        ),
+        ({"splits": {"train": {"files": "x", "episodes": 1, "steps": 1}}}, "'train' has no list of files"),
+        (
+            {"splits": {"train": {"files": ["../x"], "episodes": 1, "steps": 1}}},
+            r"file '\.\./x'; allowed: .* data/",
+        ),
+        ({"control_hz": 0}, "control_hz is 0; a number above 0"),
+        ({"versions": 3}, "versions is 3; dict needed"),
+        ({"dropped": {}}, r"dropped is \{\}; list needed"),
+        ({"dropped": [{"id": "a"}]}, r"dropped holds \{'id': 'a'\}; id, reason, message needed"),
+    ],
+)
+def test_what_is_wrong_in_a_record_is_named(tmp_path, change, message, episodes, data_set):
+    root = data_set(tmp_path / "d", episodes(1))
+    record = json.loads((root / RECORD_FILE).read_text())
+    (root / RECORD_FILE).write_text(json.dumps(record | change))
+    with pytest.raises(ShardError, match=rf"dataset\.json is damaged: .*{message}"):
+        DataRecord.read(root)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    dropped = (Dropped("a/demo_0", "too short", "a/demo_0: 3 actions"),)
+    splits = {"train": SplitRecord(2, 9, ("data/train-00000-of-00001.arrow",))}
+    settings = {"image_tokenizer": "12ab", "image_size": 64}
+    record = DataRecord(
+        settings=settings, splits=splits, name="mine", control_hz=10.0, dropped=dropped, versions={"numpy": "2"}
+    )
+    (tmp_path / RECORD_FILE).write_text(json.dumps(record.content()))
+    assert DataRecord.read(tmp_path) == record
+    assert (record.image_tokenizer, record.image_size) == ("12ab", 64)
+    with pytest.raises(ShardError, match="the settings of mine hold no image_size"):
+        _ = replace(record, settings={}).image_size
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "empty"])

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from worldvla_libero import Simulator, cli, load_suite, run_log, training
+from worldvla_libero.data_record import RECORD_FILE, DataRecord, ShardError, SplitRecord, fingerprint_of
 from worldvla_libero.recipes import NANO, RECIPES, ModelSize, RecipeError, find_recipe
 from worldvla_libero.run_log import read_lines
-from worldvla_libero.shards import ShardError, TokenDataset, TokenEpisode, fingerprint_of, write_episodes
+from worldvla_libero.shards import TokenDataset, TokenEpisode, write_episodes
 from worldvla_libero.training import RunOptions, train_recipe
 from worldvla_model import WorldVLA, WorldVLAForConditionalGeneration
 from worldvla_model.loss import IMAGE_IDS
@@ -44,7 +45,7 @@ def write_data(root, tokenizer, *, rows, splits=("train", "validation"), words=N
     rng = np.random.default_rng(2)
     words = words or {}
     settings = {"image_tokenizer": tokenizer, "image_size": 16 * rows}
-    record = {"settings": settings, "fingerprint": fingerprint_of(settings), "splits": {}}
+    made_splits = {}
     (root / "data").mkdir(parents=True)
     for split, count in zip(splits, (8, 3), strict=False):
         made = []
@@ -56,8 +57,9 @@ def write_data(root, tokenizer, *, rows, splits=("train", "validation"), words=N
             made.append(TokenEpisode(f"{split}/demo_{i}", "lift", told, codes, actions))
         file = f"data/{split}-00000.arrow"
         write_episodes(root / file, made, {"fingerprint": fingerprint_of(settings)})
-        record["splits"][split] = {"files": [file], "episodes": count, "steps": 9 * count}
-    (root / "dataset.json").write_text(json.dumps(record))
+        made_splits[split] = SplitRecord(count, 9 * count, (file,))
+    record = DataRecord(settings=settings, splits=made_splits)
+    (root / RECORD_FILE).write_text(json.dumps(record.content()))
     ActionTokenizer.published().save_pretrained(root)
     return root
 
@@ -200,7 +202,7 @@ def test_curves_are_drawn_without_held_out_samples(place, tmp_path, monkeypatch)
 @pytest.mark.parametrize("where", [("train", 0), ("validation", 1)])
 def test_a_long_instruction_is_refused_before_training(place, tmp_path, where):
     """Not only that of the last episode."""
-    tokenizer = TokenDataset(place / "data").record["settings"]["image_tokenizer"]
+    tokenizer = TokenDataset(place / "data").record.image_tokenizer
     long = write_data(tmp_path / "long", tokenizer, rows=4, words={where: "lift the cube slowly " * 60})
     with pytest.raises(RecipeError, match=r"samples of \d+ tokens; the model has 256 positions"):
         run(place, tmp_path / "run", data=long)
@@ -294,7 +296,7 @@ def test_what_does_not_fit_is_refused(place, published, tmp_path):
         run(place, tmp_path, small)
     only = write_data(
         tmp_path / "only",
-        TokenDataset(place / "data").record["settings"]["image_tokenizer"],
+        TokenDataset(place / "data").record.image_tokenizer,
         rows=4,
         splits=("train",),
     )

@@ -58,7 +58,7 @@ def test_a_token_data_set_is_refused_by_a_model_of_other_tokens(data_set, episod
 
     with pytest.raises(ShardError, match="made with image tokenizer yyyyyyyyyyyy, not zzz"):
         trajectories.check(model("z" * 64, 256))
-    trajectories._data.record["settings"]["image_size"] = 256
+    trajectories._data.record.settings["image_size"] = 256
     with pytest.raises(ClipError, match="was tokenized at 256 px; the model sees 128 px"):
         trajectories.check(model("y" * 64, 128))
     trajectories.check(model("y" * 64, 256))

@@ -15,6 +15,8 @@ import pytest
 from page_work import cells_of, parse_page, section_of, words_of
 from PIL import Image
 
+from worldvla_libero.data_record import DataRecord, SplitRecord, fingerprint_of
+from worldvla_libero.episodes import Dropped
 from worldvla_libero.report.data_page import Preview, data_page
 from worldvla_libero.shards import TokenEpisode
 from worldvla_tokenizers import ActionTokenizer
@@ -26,6 +28,8 @@ TASKS = {
     "turn_on_the_stove": ("turn on the stove", "libero_goal_8"),
     "pick_up_the_salad_dressing": ("pick up the salad dressing and place it in the basket", "libero_object_2"),
 }
+EMPTY = SplitRecord(0, 0, ())
+SECTIONS = ["tasks", "lengths", "actions", "left-out", "loading", "settings"]
 HOSTILE = "<script>alert(\"1\")</script> & 'it' </table> $name {name}"
 
 
@@ -62,7 +66,8 @@ def _strip(prefix):
 
 def _record(episodes, **more):
     counts = Counter(split for split, _ in episodes)
-    return {"splits": {name: {"episodes": n} for name, n in counts.items()}, **more}
+    splits = {name: SplitRecord(n, 0, ()) for name, n in counts.items()}
+    return DataRecord(**{"settings": {}, "splits": splits, **more})
 
 
 def _fit(episodes, quantile=None):
@@ -203,40 +208,37 @@ def test_words_of_the_data_are_escaped():
     ((_, e),) = _episodes(1)
     name = f"{HOSTILE} split"
     episode = TokenEpisode(f"{HOSTILE} id", f"{HOSTILE} task", f"{HOSTILE} words", e.codes, e.actions)
-    record = {
-        "name": f"{HOSTILE} name",
-        "fingerprint": HOSTILE,
-        "splits": {"train": {"episodes": 1}, name: {"episodes": 1}},
-        "settings": {HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}], "action_names": [f"{HOSTILE} {d}" for d in range(7)]},
-        "dropped": [{"id": HOSTILE, "reason": HOSTILE, "message": HOSTILE}],
-        "versions": {HOSTILE: HOSTILE},
-    }
+    record = DataRecord(
+        name=f"{HOSTILE} name",
+        splits={"train": SplitRecord(1, 0, ()), name: SplitRecord(1, 0, ())},
+        settings={HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}]},
+        dropped=(Dropped(HOSTILE, HOSTILE, HOSTILE),),
+        versions={HOSTILE: HOSTILE},
+    )
+    names = [f"{HOSTILE} {d}" for d in range(7)]
     preview = Preview(episode.id, episode.task, episode.instruction, name, _strip("libero_goal_0"))
     actions = ActionTokenizer.fit(e.actions)
-    page = parse_page(data_page(record, [("train", e), (name, episode)], actions, [preview]))
+    page = parse_page(data_page(record, [("train", e), (name, episode)], actions, [preview], names))
     assert not list(page.iter("script"))
-    assert words_of(page.find(".//h1")) == record["name"]
+    assert words_of(page.find(".//h1")) == record.name
     assert f"{HOSTILE} words\n{HOSTILE} task" in [row[0] for row in cells_of(section_of(page, "tasks"))]
-    assert list(_panels(section_of(page, "actions"))) == record["settings"]["action_names"]
+    assert list(_panels(section_of(page, "actions"))) == names
     assert words_of(section_of(page, "episodes").find(".//figcaption")) == f"{name}\n{episode.id}"
     assert [HOSTILE] * 3 in cells_of(section_of(page, "left-out"))
-    assert words_of(section_of(page, "settings")).count(HOSTILE) == 7 + 7
+    assert words_of(section_of(page, "settings")).count(HOSTILE) == 6
     for element in page.iter():
         assert not {"onerror", "onload", "onclick"} & set(element.attrib)
 
 
 def test_dropped_are_counted_by_reason_and_all_named():
     episodes = list(_episodes(3))
-    dropped = [
-        {"id": f"demo_{i}", "reason": "too short" if i % 3 else "not finite", "message": f"{i} steps"}
-        for i in range(10_000)
-    ]
-    page = parse_page(data_page(_record(episodes, dropped=dropped), iter(episodes), _fit(episodes), []))
+    dropped = [Dropped(f"demo_{i}", "too short" if i % 3 else "not finite", f"{i} steps") for i in range(10_000)]
+    page = parse_page(data_page(_record(episodes, dropped=tuple(dropped)), iter(episodes), _fit(episodes), []))
     rows = cells_of(section_of(page, "left-out"))
     assert rows[:2] == [["too short", "6,666"], ["not finite", "3,334"]]
-    assert rows[3:] == [list(entry.values()) for entry in dropped]
+    assert rows[3:] == [[*one] for one in dropped]
     assert "open" not in section_of(page, "left-out").find("details").attrib  # too long to be spread out
-    page = parse_page(data_page(_record(episodes, dropped=[]), iter(episodes), _fit(episodes), []))
+    page = parse_page(data_page(_record(episodes, dropped=()), iter(episodes), _fit(episodes), []))
     assert "Nothing was left out." in words_of(section_of(page, "left-out"))
 
 
@@ -249,12 +251,12 @@ def test_settings_are_shown_whatever_they_are():
         "x": [],
         "y": True,
     }
-    record = _record(episodes, settings=settings, fingerprint="9f" * 32, versions={"numpy": "2.3"})
+    record = _record(episodes, settings=settings, versions={"numpy": "2.3"})
     page = parse_page(data_page(record, iter(episodes), _fit(episodes), []))
     rows = [
         (words_of(row.find("dt")), words_of(row.find("dd"))) for row in section_of(page, "settings").iter("div")
     ]
-    assert rows[0] == ("fingerprint", "9f" * 32)
+    assert rows[0] == ("fingerprint", fingerprint_of(settings))
     for row in (
         ("rule", "paper"),
         ("fraction", "0.9"),
@@ -281,22 +283,27 @@ def test_other_robots_and_constant_dimensions(dimensions):
     assert caption[2].startswith("validation: 1 clipped (")
 
 
-def test_one_episode_of_one_step_and_a_bare_record():
+def test_one_episode_of_one_step():
     ((split, e),) = _episodes(1)
     episode = TokenEpisode(e.id, e.task, e.instruction, e.codes[:1], e.actions[:1])
-    page = parse_page(data_page({"splits": {"train": {}}}, [(split, episode)], _fit([(split, episode)]), []))
-    assert [section.get("id") for section in page.iter("section")] == ["tasks", "lengths", "actions", "loading"]
+    page = parse_page(data_page(_record([(split, episode)]), [(split, episode)], _fit([(split, episode)]), []))
+    assert [section.get("id") for section in page.iter("section")] == SECTIONS
 
 
 def test_empty_splits():
     episodes = [pair for pair in _episodes(6) if pair[0] == "train"]
-    record = {"splits": {"validation": {"episodes": 0}, "train": {"episodes": len(episodes)}}}
+    record = _record(episodes, splits={"validation": EMPTY, "train": SplitRecord(len(episodes), 0, ())})
     page = parse_page(data_page(record, iter(episodes), _fit(episodes), []))
     assert list(_panels(section_of(page, "lengths"))) == ["train", "validation"]  # training first
     assert words_of(_panels(section_of(page, "lengths"))["validation"].find("figcaption")) == "no episode"
     assert "validation" not in words_of(section_of(page, "actions"))
-    nothing = parse_page(data_page({"splits": {"train": {"episodes": 0}}}, [], _fit(episodes), []))
-    assert [section.get("id") for section in nothing.iter("section")] == ["tasks", "loading"]
+    nothing = parse_page(data_page(_record([], splits={"train": EMPTY}), [], _fit(episodes), []))
+    assert [section.get("id") for section in nothing.iter("section")] == [
+        "tasks",
+        "left-out",
+        "loading",
+        "settings",
+    ]
 
 
 def test_many_tasks_are_folded_away():
@@ -328,8 +335,8 @@ def test_a_page_that_would_contradict_the_record_is_refused():
     episodes = list(_episodes(6))
     actions = _fit(episodes)
     with pytest.raises(ValueError, match=r"demo_0 is of split 'train'; recorded: test"):
-        data_page({"splits": {"test": {"episodes": 6}}}, iter(episodes), actions, [])
+        data_page(_record([], splits={"test": SplitRecord(6, 0, ())}), iter(episodes), actions, [])
     with pytest.raises(ValueError, match=r"split 'train' has 6 episodes; recorded: 7"):
-        data_page({"splits": {"train": {"episodes": 7}}}, iter(episodes), actions, [])
+        data_page(_record([], splits={"train": SplitRecord(7, 0, ())}), iter(episodes), actions, [])
     with pytest.raises(ActionError, match="last axis must be 4"):
         data_page(_record(episodes), iter(episodes), ActionTokenizer([-1] * 4, [1] * 4), [])

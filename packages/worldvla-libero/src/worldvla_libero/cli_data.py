@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -107,7 +107,7 @@ def replay(
     """
     from rich.table import Column, Table
 
-    from worldvla_libero.episodes import spread
+    from worldvla_libero.episodes import Dropped, spread
     from worldvla_libero.prepare import open_source
     from worldvla_libero.replay import RECORD_FILE, ReplaySettings
     from worldvla_libero.replay import replay as run_replay
@@ -135,7 +135,9 @@ def replay(
         share = f"{100 * row['kept'] / row['replayed']:.0f} %" if row["replayed"] else "-"
         table.add_row(task, str(row["replayed"]), f"{row['kept']} ({share})")
     console.print(table)
-    _print_dropped(console, [*(d._asdict() for d in unreadable), *record["dropped"]], out and out / RECORD_FILE)
+    _print_dropped(
+        console, [*unreadable, *(Dropped(**row) for row in record["dropped"])], out and out / RECORD_FILE
+    )
     if out is not None:
         console.print(f"wrote {out}", highlight=False, markup=False)
     return EXIT_OK if any(row["kept"] for row in record["tasks"].values()) else EXIT_FAILED
@@ -201,11 +203,12 @@ def prepare(
     from rich.table import Table
 
     from worldvla_libero import default_model_path
+    from worldvla_libero.data_record import DATA_FOLDER, RECORD_FILE
     from worldvla_libero.jobs import WORK_FOLDER
     from worldvla_libero.prepare import PrepareSettings, load_image_tokenizer, open_source, plan
     from worldvla_libero.prepare import prepare as run_prepare
     from worldvla_libero.replay import ReplaySettings
-    from worldvla_libero.shards import DATA_FOLDER, PAGE_FILE, RECORD_FILE
+    from worldvla_libero.shards import PAGE_FILE
 
     console = _console()
     place = default_model_path() if tokenizer is None else tokenizer
@@ -256,10 +259,10 @@ def prepare(
             on_part=on_part,
         )
     table = Table("split", "episodes", "steps", title=f"{demonstrations.name} in {out}")
-    for name, row in record["splits"].items():
-        table.add_row(name, f"{row['episodes']:,}", f"{row['steps']:,}")
+    for name, made in record.splits.items():
+        table.add_row(name, f"{made.episodes:,}", f"{made.steps:,}")
     console.print(table)
-    _print_dropped(console, record["dropped"], out / RECORD_FILE)
+    _print_dropped(console, record.dropped, out / RECORD_FILE)
     console.print(f"see what is inside: {out / PAGE_FILE}", highlight=False, markup=False)
     return EXIT_OK
 
@@ -305,14 +308,14 @@ def _print_notes(console: Console, notes: Iterable[str]) -> None:
         console.print(note, style="yellow", highlight=False, markup=False)
 
 
-def _print_dropped(console: Console, dropped: Iterable[Mapping[str, Any]], record: Path | None) -> None:
+def _print_dropped(console: Console, dropped: Iterable[Dropped], record: Path | None) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
     rows = list(dropped)
     if not rows:
         return
-    counts = Counter(row["reason"] for row in rows)
+    counts = Counter(row.reason for row in rows)
     console.print(
         f"dropped: {len(rows)} (" + ", ".join(f"{reason}: {n}" for reason, n in counts.most_common()) + ")",
         style="yellow",
@@ -321,7 +324,7 @@ def _print_dropped(console: Console, dropped: Iterable[Mapping[str, Any]], recor
     )
     table = Table(Column("episode", overflow="fold"), "why", "what")
     for row in rows[:_SHOWN_DROPPED]:
-        table.add_row(*(escape(row[key]) for key in ("id", "reason", "message")))
+        table.add_row(*map(escape, row))
     console.print(table)
     if len(rows) > _SHOWN_DROPPED:
         where = f"; all are in {record}" if record else ""

@@ -96,6 +96,16 @@ class Dropped(NamedTuple):
         return cls(id, str(error.reason), error.message)
 
 
+class NoEpisodeLeftError(RuntimeError):
+    """Every episode was dropped: the work was done as asked, to no avail."""
+
+    @classmethod
+    def of(cls, source: str, dropped: Sequence[Dropped]) -> NoEpisodeLeftError:
+        """The error of a source, with the reasons."""
+        reasons = ", ".join(sorted({one.reason for one in dropped})) or "there was none"
+        return cls(f"no episode of {source} is left: {len(dropped)} dropped ({reasons})")
+
+
 @dataclass(frozen=True, eq=False)
 class Episode:
     """One demonstration.

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worldvla_libero.data_record import DATA_FOLDER, RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
 from worldvla_libero.episodes import (
     Dropped,
     Episode,
     EpisodeError,
     EpisodeKey,
     Frames,
+    NoEpisodeLeftError,
     Reason,
     Source,
     SplitRule,
@@ -36,17 +38,7 @@ from worldvla_libero.jobs import WORK_FOLDER, Executor, Job
 from worldvla_libero.lerobot import LeRobotSource, is_lerobot
 from worldvla_libero.replay import Replayer, ReplaySettings
 from worldvla_libero.report.data_page import Preview, data_page
-from worldvla_libero.shards import (
-    CARD_FILE,
-    DATA_FOLDER,
-    PAGE_FILE,
-    RECORD_FILE,
-    TokenEpisode,
-    fingerprint_of,
-    read_episodes,
-    read_record,
-    write_episodes,
-)
+from worldvla_libero.shards import CARD_FILE, PAGE_FILE, TokenEpisode, read_episodes, write_episodes
 from worldvla_libero.simulator import ACTION_DIM
 from worldvla_libero.versions import SIMULATOR, installed_versions
 from worldvla_tokenizers.files import write_text_atomic
@@ -181,14 +173,16 @@ def plan(source: Source, settings: PrepareSettings = PrepareSettings(), *, limit
         limit: how many episodes, taken turn by turn from every task; None for all.
 
     Raises:
-        PrepareError: no episode can be read, or the camera is not clear.
+        NoEpisodeLeftError: no episode can be read.
+        PrepareError: there is none, or the camera is not clear.
     """
     everything, unreadable = source.list()
     keys = spread(everything, limit)
     if not keys:
         shown = [dropped.message for dropped in unreadable[:_SHOWN_REASONS]] or ["it is empty"]
         more = [f"and {len(unreadable) - _SHOWN_REASONS} more"] if len(unreadable) > _SHOWN_REASONS else []
-        raise PrepareError(f"{source.name} has no episode that can be read: {'; '.join([*shown, *more])}")
+        told = f"{source.name} has no episode that can be read: {'; '.join([*shown, *more])}"
+        raise NoEpisodeLeftError(told) if unreadable else PrepareError(told)
     camera, dimensions = _camera(source, settings), settings.dimensions
     if dimensions is None:
         dimensions = ACTION_DIM if source.needs_replay else _first_width(source, keys)
@@ -228,7 +222,7 @@ def prepare(
     gpus: float = 0,
     max_shard_bytes: int = 256 * 2**20,
     on_part: Callable[[str, Path | Dropped], None] | None = None,
-) -> dict[str, Any]:
+) -> DataRecord:
     """Make a token data set. Killed at any moment, the same call goes on; the result is the same to the byte.
 
     Args:
@@ -245,13 +239,13 @@ def prepare(
         on_part: called for every episode that is done, with its part or why it was dropped.
 
     Returns:
-        The content of `dataset.json`.
+        What `dataset.json` says.
 
     Raises:
         EpisodeError: with `strict`, the first episode dropped.
         ImageError: the tokenizer's codes have no ids in the vocabulary.
         JobError: `out` holds another data set, or one begun with other settings.
-        PrepareError: no episode is left.
+        NoEpisodeLeftError: all episodes were dropped.
         StorageError: the disk is full, or a file cannot be written; what is done stays.
     """
     out = Path(out)
@@ -264,7 +258,7 @@ def prepare(
     items = {f"{number:06d}": key for number, key in enumerate(plan.keys)}
     with Job[EpisodeKey, Episode](out, RECORD_FILE, resolved) as job:
         if job.ended:
-            return read_record(out)
+            return DataRecord.read(out)
         if executor == "local" and (plan.replayed or workers > 1):
             _warn_of_spinning(tokenize.tokenizer)
         parts = job.run(
@@ -282,8 +276,8 @@ def prepare(
         kept = {items[name]: part for name, part in parts.items() if isinstance(part, Path)}
         with job.storing("the data set"):
             record = _finish(out, kept, dropped, resolved, plan.source.name, settings, max_shard_bytes)
-        job.end(record)
-    return read_record(out)
+        job.end(record.content())
+    return DataRecord.read(out)
 
 
 class LoadEpisode:
@@ -463,13 +457,13 @@ def _finish(
     name: str,
     how: PrepareSettings,
     max_shard_bytes: int,
-) -> dict[str, Any]:
+) -> DataRecord:
     """Write shards, bounds, card and page from the parts; one episode is in memory at a time."""
     if not parts:
-        reasons = sorted({d.reason for d in dropped})
-        raise PrepareError(f"no episode of {name} is left: {len(dropped)} dropped ({', '.join(reasons)})")
+        raise NoEpisodeLeftError.of(name, dropped)
     splits = split(parts, how.split, fraction=how.fraction, seed=how.seed)
     fingerprint = fingerprint_of(settings)
+    made: dict[str, SplitRecord] = {}
     staged = out / WORK_FOLDER  # until all shards are whole: readers of Arrow alone would take what is there
     shutil.rmtree(staged / DATA_FOLDER, ignore_errors=True)  # of a run that was killed here
     (staged / DATA_FOLDER).mkdir()
@@ -479,14 +473,6 @@ def _finish(
 
     training = (tokens(part).actions for key, part in parts.items() if splits[key.id] == "train")
     actions = fit_bounds(training, quantile=how.quantile)
-    record: dict[str, Any] = {
-        "name": name,
-        "control_hz": read_episodes(next(iter(parts.values())))[1]["control_hz"],
-        "fingerprint": fingerprint,
-        "splits": {},
-        "dropped": [d._asdict() for d in dropped],
-        "versions": installed_versions(),
-    }
     for split_name in sorted(set(splits.values())):
         members = [part for key, part in parts.items() if splits[key.id] == split_name]
         shards = _shards(members, max_shard_bytes)
@@ -496,12 +482,20 @@ def _finish(
             write_episodes(staged / file, (tokens(part) for part in shard), {"fingerprint": fingerprint})
             files.append(file)
         steps = sum(len(tokens(part)) for part in members)
-        record["splits"][split_name] = {"episodes": len(members), "steps": steps, "files": files}
+        made[split_name] = SplitRecord(len(members), steps, tuple(files))
     shutil.rmtree(out / DATA_FOLDER, ignore_errors=True)
     os.replace(staged / DATA_FOLDER, out / DATA_FOLDER)
     actions.save_pretrained(out)
-    write_text_atomic(out / PAGE_FILE, _page(parts, splits, {**record, "settings": settings}, actions))
-    write_text_atomic(out / CARD_FILE, _card({**record, "settings": settings}))
+    record = DataRecord(
+        settings=settings,
+        splits=made,
+        name=name,
+        control_hz=read_episodes(next(iter(parts.values())))[1]["control_hz"],
+        dropped=tuple(dropped),
+        versions=installed_versions(),
+    )
+    write_text_atomic(out / PAGE_FILE, _page(parts, splits, record, actions))
+    write_text_atomic(out / CARD_FILE, _card(record))
     return record
 
 
@@ -522,7 +516,7 @@ def _shards(parts: Sequence[Path], max_bytes: int) -> list[list[Path]]:
 def _page(
     parts: Mapping[EpisodeKey, Path],
     splits: Mapping[str, str],
-    record: Mapping[str, Any],
+    record: DataRecord,
     actions: ActionTokenizer,
 ) -> str:
     previews: list[Preview] = []
@@ -556,12 +550,11 @@ def _strip(frames: Frames) -> bytes:
     return buffer.getvalue()
 
 
-def _card(record: Mapping[str, Any]) -> str:
+def _card(record: DataRecord) -> str:
     """The data card of the Hub: which file is which split, what is inside, how to read it."""
-    splits, settings = record["splits"], record["settings"]
-    files = "".join(f"  - split: {name}\n    path: {DATA_FOLDER}/{name}-*.arrow\n" for name in splits)
-    table = "".join(f"| {name} | {s['episodes']:,} | {s['steps']:,} |\n" for name, s in splits.items())
-    size = settings["image_size"]
+    files = "".join(f"  - split: {name}\n    path: {DATA_FOLDER}/{name}-*.arrow\n" for name in record.splits)
+    table = "".join(f"| {name} | {s.episodes:,} | {s.steps:,} |\n" for name, s in record.splits.items())
+    camera, size = record.settings["camera"], record.image_size
     return f"""---
 tags:
 - robotics
@@ -571,7 +564,7 @@ configs:
   data_files:
 {files}---
 
-# {record["name"]}: tokens for WorldVLA
+# {record.name}: tokens for WorldVLA
 
 Robot demonstrations as image codes and actions: per episode the codebook indices of every frame (uint16, raster
 order), the actions in data units (float64), and the instruction. Training samples are assembled from them on the
@@ -580,8 +573,8 @@ fly; `index.html` shows what is inside.
 | split | episodes | steps |
 |---|---:|---:|
 {table}
-Frames of camera `{settings["camera"]}` at about {size} x {size} pixels, tokenized by the VQ-GAN with fingerprint
-`{settings["image_tokenizer"]}`. {len(record["dropped"])} episodes or files were dropped; `dataset.json` says which
+Frames of camera `{camera}` at about {size} x {size} pixels, tokenized by the VQ-GAN with fingerprint
+`{record.image_tokenizer}`. {len(record.dropped)} episodes or files were dropped; `dataset.json` says which
 and why. Bounds of the action bins are in `action_tokenizer.json`, fitted to `train`.
 
 ```python

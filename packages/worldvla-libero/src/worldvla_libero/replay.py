@@ -20,6 +20,7 @@ from worldvla_libero.episodes import (
     EpisodeError,
     EpisodeKey,
     Frames,
+    NoEpisodeLeftError,
     Reason,
     Source,
     check_episode,
@@ -243,9 +244,7 @@ def _replay(
         kept = {items[name]: part for name, part in parts.items() if isinstance(part, Path)}
         dropped = [part for part in parts.values() if isinstance(part, Dropped)]
         if format is not None and not kept:
-            reasons = ", ".join(sorted({part.reason for part in dropped}))
-            message = f"no episode of {source.name} is left: {len(dropped)} dropped ({reasons})"
-            raise EpisodeError(Reason(dropped[0].reason) if dropped else Reason.TOO_SHORT, message)
+            raise NoEpisodeLeftError.of(source.name, dropped)
         if format == "hdf5":
             for task in sorted({key.task for key in kept}):
                 file = f"{task}_demo.hdf5"

@@ -16,15 +16,15 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from worldvla_libero.data_record import DATA_FOLDER, RECORD_FILE, DataRecord, ShardError
 from worldvla_libero.hub_data import data_path
-from worldvla_libero.jobs import WORK_FOLDER
 from worldvla_tokenizers import ActionTokenizer
 from worldvla_tokenizers.action import FILE_NAME as BOUNDS_FILE
 from worldvla_tokenizers.files import HubOptions, PushOptions, push_folder
@@ -34,18 +34,12 @@ if TYPE_CHECKING:
 
     from worldvla_tokenizers import ImageTokenizer
 
-RECORD_FILE = "dataset.json"
-DATA_FOLDER = "data"
 CARD_FILE = "README.md"
 PAGE_FILE = "index.html"
 
 _METADATA_KEY = b"worldvla"
 _EPISODES_PER_BATCH = 64
 _WORDS = ("episode", "task", "instruction")
-
-
-class ShardError(ValueError):
-    """Shards that are missing, damaged, or of another data set or tokenizer than they should be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +74,7 @@ class TokenDataset(Sequence[TokenEpisode]):
     Attributes:
         root: the folder.
         split: the split.
-        record: content of `dataset.json`.
+        record: what `dataset.json` says.
         actions: bounds fitted to the training split.
 
     Raises:
@@ -89,9 +83,9 @@ class TokenDataset(Sequence[TokenEpisode]):
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         self.root, self.split = Path(root), split
-        self.record = read_record(self.root)
-        if split not in self.record["splits"]:
-            raise ShardError(f"{root} has no split {split!r}; existing: {', '.join(self.record['splits'])}")
+        self.record = DataRecord.read(self.root)
+        if split not in self.record.splits:
+            raise ShardError(f"{root} has no split {split!r}; existing: {', '.join(self.record.splits)}")
         self.actions = ActionTokenizer.from_pretrained(self.root)
         self._open()
 
@@ -115,12 +109,12 @@ class TokenDataset(Sequence[TokenEpisode]):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the settings, in hexadecimal; equal in every shard."""
-        return self.record["fingerprint"]
+        return self.record.fingerprint
 
     def digest(self) -> str:
         """SHA-256 of everything in the split's shards, in hexadecimal; reads all of them."""
         found = hashlib.sha256()
-        for name in self.record["splits"][self.split]["files"]:
+        for name in self.record.splits[self.split].files:
             with (self.root / name).open("rb") as file:
                 found.update(hashlib.file_digest(file, "sha256").digest())
         return found.hexdigest()
@@ -136,7 +130,7 @@ class TokenDataset(Sequence[TokenEpisode]):
         Raises:
             ShardError: they are another's.
         """
-        made_by, given = self.record["settings"]["image_tokenizer"], tokenizer.vqgan.fingerprint
+        made_by, given = self.record.image_tokenizer, tokenizer.vqgan.fingerprint
         if made_by != given:
             raise ShardError(
                 f"{self.root} was made with image tokenizer {made_by[:12]}, not {given[:12]}; load the one it was "
@@ -178,7 +172,7 @@ class TokenDataset(Sequence[TokenEpisode]):
         return push_folder(link, repo_id, repo_type="dataset", **options)
 
     def _open(self) -> None:
-        shards = self.record["splits"][self.split]["files"]
+        shards = self.record.splits[self.split].files
         self._batches = [batch for file in shards for batch in _batches(self.root / file, self.fingerprint)]
         self._ends = np.cumsum([len(batch) for batch in self._batches])
         lengths = [batch.lengths for batch in self._batches]
@@ -206,52 +200,6 @@ def token_episode(row: Mapping[str, Any]) -> TokenEpisode:
     actions = np.asarray(row["actions"], dtype=np.float64)
     codes = np.asarray(row["codes"], dtype=np.uint16).reshape(len(actions), row["rows"], row["columns"])
     return TokenEpisode(row["episode"], row["task"], row["instruction"], codes, actions)
-
-
-def fingerprint_of(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of settings, in hexadecimal, whatever their order."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def read_record(root: Path) -> dict[str, Any]:
-    """Content of `dataset.json`.
-
-    Raises:
-        ShardError: there is none, it is no record, or it does not fit its own fingerprint.
-    """
-    path = root / RECORD_FILE
-    if not path.is_file():
-        unfinished = (root / WORK_FOLDER).is_dir()
-        remedy = "its preparation has not ended: run it again" if unfinished else "it is no token data set"
-        raise ShardError(f"{root} has no {RECORD_FILE}; {remedy}")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ShardError(f"{path} is damaged: no JSON ({error})") from error
-    wrong = _wrong_in(record)
-    if wrong:
-        raise ShardError(f"{path} is damaged: {wrong}")
-    if record["fingerprint"] != fingerprint_of(record["settings"]):
-        raise ShardError(f"{path} was changed by hand: its settings have another fingerprint than it says")
-    return record
-
-
-def _wrong_in(record: Any) -> str | None:
-    """What of a record is not what it should be; None if nothing is."""
-    if not isinstance(record, dict):
-        return f"it holds {type(record).__name__}, not an object"
-    for name, needed in (("fingerprint", str), ("settings", dict), ("splits", dict)):
-        if not isinstance(record.get(name), needed):
-            return f"{name} is {record.get(name)!r}; {needed.__name__} needed"
-    for name, found in record["splits"].items():
-        files = found.get("files") if isinstance(found, dict) else None
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            return f"split {name!r} has no list of files"
-        for file in files:
-            path = PurePosixPath(file)
-            if path.parts[:1] != (DATA_FOLDER,) or ".." in path.parts:
-                return f"split {name!r} has file {file!r}; allowed: those in {DATA_FOLDER}/"
-    return None
 
 
 def dataset_folder(dir_or_repo: str | os.PathLike[str], split: str, **hub: Unpack[HubOptions]) -> Path:

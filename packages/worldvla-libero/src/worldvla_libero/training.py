@@ -219,11 +219,11 @@ def _open_data(recipe: Recipe, data: str | os.PathLike[str]) -> dict[str, TokenD
     train = TokenDataset.from_pretrained(data)
     if not len(train):
         raise RecipeError(f"{data} has no training episode")
-    size = train.record["settings"]["image_size"]
+    size = train.record.image_size
     if size != recipe.image_size:
         raise RecipeError(f"{data} holds frames of {size} px; recipe {recipe.name} needs {recipe.image_size}")
     splits = {"train": train}
-    if "validation" in train.record["splits"] and train.record["splits"]["validation"]["episodes"]:
+    if "validation" in train.record.splits and train.record.splits["validation"].episodes:
         splits["validation"] = TokenDataset.from_pretrained(data, split="validation")
     elif recipe.held_out:
         raise RecipeError(f"{data} has no validation split; prepare it anew, or train with --no-held-out")

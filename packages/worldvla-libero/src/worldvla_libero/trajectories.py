@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from worldvla_libero.clips import Clip, ClipError, ClipKey
+from worldvla_libero.data_record import RECORD_FILE
 from worldvla_libero.episodes import (
     Dropped,
     Episode,
@@ -28,7 +29,7 @@ from worldvla_libero.hdf5 import SUFFIXES
 from worldvla_libero.hub_data import data_path
 from worldvla_libero.jobs import WORK_FOLDER
 from worldvla_libero.lerobot import is_lerobot
-from worldvla_libero.shards import RECORD_FILE, TokenDataset
+from worldvla_libero.shards import TokenDataset
 
 if TYPE_CHECKING:
     from worldvla_model import WorldVLAProcessor
@@ -98,21 +99,21 @@ class TokenTrajectories(Trajectories):
     def __init__(self, root: str | os.PathLike[str], split: str = VALIDATION) -> None:
         self._data = TokenDataset(root, split)
         record = self._data.record
-        self.name, self.split = str(record.get("name", self._data.root.name)), split
-        self.control_hz = float(record.get("control_hz", 20))  # LIBERO's, where a data set does not say
+        self.name, self.split = record.name, split
+        self.control_hz = float(record.control_hz or 20)  # LIBERO's, where a data set does not say
         self.keys = [EpisodeKey(episode.id, episode.task, len(episode)) for episode in self._data]
         if not self.keys:
             raise ClipError(f"split {split!r} of {root} holds no trajectory")
         self._places = {key.id: place for place, key in enumerate(self.keys)}
         self.dimensions = self._data[0].actions.shape[1]
-        files = [self._data.root / file for file in record["splits"][split]["files"]]
+        files = [self._data.root / file for file in record.splits[split].files]
         self.identity = {"fingerprint": self._data.fingerprint, "files": _mark(self._data.root, files)}
 
     def check(self, processor: WorldVLAProcessor) -> None:
         """Make sure that the codes are those that the model would see; see `Trajectories.check`."""
         super().check(processor)
         self._data.check_tokenizer(processor.images)
-        size = self._data.record["settings"]["image_size"]
+        size = self._data.record.image_size
         if size != processor.image_size:
             raise ClipError(
                 f"{self._data.root} was tokenized at {size} px; the model sees {processor.image_size} px: "

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worldvla_libero.data_record import DataRecord, SplitRecord
+from worldvla_libero.episodes import Dropped
 from worldvla_libero.report.page import UNFOLDED, facts, folded, page, table, values_html
 from worldvla_libero.report.panels import COLOURS, GREY, Panel, key_html, number, panels_html, percent
 from worldvla_libero.shards import TokenEpisode
@@ -49,20 +51,20 @@ class Preview:
 
 
 def data_page(
-    record: Mapping[str, Any],
+    record: DataRecord,
     episodes: Iterable[tuple[str, TokenEpisode]],
     actions: ActionTokenizer,
     previews: Sequence[Preview],
+    action_names: Sequence[str] = (),
 ) -> str:
     """Write the page of a token data set.
 
     Args:
-        record: content of `dataset.json`. Needed: `splits`. Shown if there: `name`, `fingerprint`, `settings`,
-            `dropped`, `versions`; `control_hz`, in the record or its settings, turns steps into seconds, and
-            `action_names`, likewise, names the D dimensions.
+        record: of the data set; its `control_hz` turns steps into seconds.
         episodes: name of the split and episode, read once; one episode is in memory at a time.
         actions: bounds and bins, fitted to the training split.
         previews: episodes to show, in this order.
+        action_names: of the D dimensions; by default they are numbered.
 
     Returns:
         HTML; all words that come from the data are escaped.
@@ -71,23 +73,19 @@ def data_page(
         ValueError: an episode is of a split that the record lacks, or a split has another number of episodes.
         ActionError: actions of another width than the bounds, or not finite.
     """
-    survey = _survey(record["splits"], episodes, actions)
-    known = {**(record.get("settings") or {}), **record}
-    hz, names = known.get("control_hz"), known.get("action_names") or ()
-    if len(names) != actions.dimensions:
-        names = [f"dimension {d}" for d in range(actions.dimensions)]
-    name = str(record.get("name", "token data set"))
-    described = {key: record[key] for key in ("fingerprint", "settings", "versions") if record.get(key)}
+    survey = _survey(record.splits, episodes, actions)
+    names = action_names or [f"dimension {d}" for d in range(actions.dimensions)]
+    described = {"fingerprint": record.fingerprint, "settings": record.settings, "versions": record.versions}
     sections = {
         "Tasks": _tasks(survey),
-        "Lengths": _lengths(survey.splits, hz),
+        "Lengths": _lengths(survey.splits, record.control_hz),
         "Actions": _actions(survey.splits, actions, names),
         "Episodes": _contact_sheet(previews),
-        "Left out": _dropped(record["dropped"]) if "dropped" in record else "",
-        "Loading": f"<pre><code>{escape(_LOADING.format(name=json.dumps(name)))}</code></pre>",
-        "Settings": values_html(described) if described else "",
+        "Left out": _dropped(record.dropped),
+        "Loading": f"<pre><code>{escape(_LOADING.format(name=json.dumps(record.name)))}</code></pre>",
+        "Settings": values_html(described),
     }
-    return page("Token data set for WorldVLA", name, _facts(survey, actions, hz), sections)
+    return page("Token data set for WorldVLA", record.name, _facts(survey, actions, record.control_hz), sections)
 
 
 @dataclass(eq=False)
@@ -131,7 +129,7 @@ class _Survey:
 
 
 def _survey(
-    recorded: Mapping[str, Any], episodes: Iterable[tuple[str, TokenEpisode]], actions: ActionTokenizer
+    recorded: Mapping[str, SplitRecord], episodes: Iterable[tuple[str, TokenEpisode]], actions: ActionTokenizer
 ) -> _Survey:
     survey = _Survey({})
     for i, name in enumerate(sorted(recorded, key=lambda name: name != _TRAINING)):
@@ -146,7 +144,7 @@ def _survey(
         if episode.instruction not in told and len(told) < 2:
             told.append(episode.instruction)
     for name, split in survey.splits.items():
-        expected = recorded[name].get("episodes", len(split.lengths))
+        expected = recorded[name].episodes
         if len(split.lengths) != expected:
             raise ValueError(f"split {name!r} has {len(split.lengths)} episodes; recorded: {expected}")
     return survey
@@ -277,13 +275,12 @@ def _contact_sheet(previews: Sequence[Preview]) -> str:
     return body if len(groups) <= UNFOLDED else f'<div class="scroll">{body}</div>'
 
 
-def _dropped(dropped: Sequence[Mapping[str, Any]]) -> str:
+def _dropped(dropped: Sequence[Dropped]) -> str:
     if not dropped:
         return "<p>Nothing was left out.</p>"
-    reasons = Counter(str(entry["reason"]) for entry in dropped).most_common()
+    reasons = Counter(one.reason for one in dropped).most_common()
     counts = [f'<tr><td>{escape(reason)}</td><td class="n">{n:,}</td></tr>' for reason, n in reasons]
-    keys = ("id", "reason", "message")
-    rows = ["<tr>" + "".join(f"<td>{escape(str(entry[key]))}</td>" for key in keys) + "</tr>" for entry in dropped]
+    rows = ["<tr>" + "".join(f"<td>{escape(words)}</td>" for words in one) + "</tr>" for one in dropped]
     head = "<tr><th>episode or file</th><th>reason</th><th>what was wrong</th></tr>"
     return table("", counts) + folded(f"All {len(dropped):,}, one by one", table(head, rows), len(dropped))
 
