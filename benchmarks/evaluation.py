@@ -47,8 +47,8 @@ from worldvla_libero import (
     load_suite,
     rollout,
 )
-from worldvla_libero.rendering import renderer_name
-from worldvla_libero.simulator import NO_MOTION
+from worldvla_libero.simulator.rendering import renderer_name
+from worldvla_libero.simulator.simulator import NO_MOTION
 
 if TYPE_CHECKING:
     from worldvla_model import WorldVLA

@@ -24,15 +24,15 @@ from typing import Any
 import common
 import numpy as np
 
-from worldvla_libero.episodes import Episode, split
-from worldvla_libero.evaluation import evaluate
-from worldvla_libero.policies import ModelPolicy
+from worldvla_libero.data.episodes import Episode, split
+from worldvla_libero.evaluation.closed_loop import evaluate
+from worldvla_libero.evaluation.policies import ModelPolicy
+from worldvla_libero.evaluation.records import SuccessRate
+from worldvla_libero.evaluation.world.metrics import one_step
 from worldvla_libero.prepare import open_source
-from worldvla_libero.protocols import OPENVLA
-from worldvla_libero.records import SuccessRate
-from worldvla_libero.suites import Task, load_suite
+from worldvla_libero.simulator.protocols import OPENVLA
+from worldvla_libero.simulator.suites import Task, load_suite
 from worldvla_libero.versions import installed_versions
-from worldvla_libero.world_metrics import one_step
 from worldvla_model import WorldVLA
 
 RESAMPLES = 10_000

@@ -31,10 +31,16 @@ from typing import NamedTuple
 
 from common import FIXTURES, own_seconds, print_machine, print_others, table, watching_others, yes
 
-from worldvla_libero.episodes import Dropped, Episode, EpisodeKey, Source, spread
-from worldvla_libero.hdf5 import HDF5Source
-from worldvla_libero.rendering import renderer_name
-from worldvla_libero.replay import ReplaySettings, replay
+from worldvla_libero.data.episodes import (
+    Episode,
+    EpisodeKey,
+    Source,
+    spread,
+)
+from worldvla_libero.data.hdf5 import HDF5Source
+from worldvla_libero.demonstrations.replay import ReplaySettings, replay
+from worldvla_libero.jobs.parts import Dropped
+from worldvla_libero.simulator.rendering import renderer_name
 
 DEMOS = FIXTURES / "demos" / "libero_object"
 WORKERS = (1, 2)

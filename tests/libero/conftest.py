@@ -11,11 +11,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from worldvla_libero.data_record import RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
-from worldvla_libero.policies import AGENTVIEW, WRIST
-from worldvla_libero.shards import TokenEpisode, write_episodes
-from worldvla_libero.simulator import Simulator
-from worldvla_libero.suites import load_suite
+from worldvla_libero.data.record import RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
+from worldvla_libero.data.shards import TokenEpisode, write_episodes
+from worldvla_libero.evaluation.policies import AGENTVIEW, WRIST
+from worldvla_libero.simulator.simulator import Simulator
+from worldvla_libero.simulator.suites import load_suite
 from worldvla_tokenizers import ActionTokenizer
 
 # Read when Ray is imported: under `uv run` each actor would otherwise run in an environment made anew for it.

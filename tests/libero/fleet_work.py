@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from worldvla_libero.episode_runner import Begin, EpisodeEnd, Fail, GoOn
-from worldvla_libero.jobs import StorageError
-from worldvla_libero.policies import Observation
+from worldvla_libero.evaluation.episode_runner import Begin, EpisodeEnd, Fail, GoOn
+from worldvla_libero.evaluation.policies import Observation
+from worldvla_libero.jobs.job import StorageError
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from worldvla_libero.episodes import Dropped, Episode, EpisodeError, Reason
-from worldvla_libero.jobs import WORK_FOLDER, Job
+from worldvla_libero.data.episodes import Episode, EpisodeError, Reason
+from worldvla_libero.jobs.job import Job
+from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
 from worldvla_tokenizers.files import write_text_atomic
 
 if TYPE_CHECKING:
-    from worldvla_libero.collect import Attempt
-    from worldvla_libero.replay import ReplaySettings
+    from worldvla_libero.demonstrations.collect import Attempt
+    from worldvla_libero.demonstrations.replay import ReplaySettings
 
 RECORD = "done.json"
 

@@ -16,8 +16,8 @@ sys.path.append(str(Path(__file__).parents[1] / "model"))
 import torch
 from training_work import SHARDED, shard_on_cpu
 
-from worldvla_libero.recipes import ModelSize, Recipe
-from worldvla_libero.training import RunOptions, train_recipe
+from worldvla_libero.training.recipes import ModelSize, Recipe
+from worldvla_libero.training.training import RunOptions, train_recipe
 
 
 def train(place, out, recipe):

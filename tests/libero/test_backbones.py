@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from worldvla_libero.backbones import I3D, I3D_URL, WeightsError, fetch_weights, load_backbones, load_lpips
-from worldvla_libero.world_metrics import frame_lpips
+from worldvla_libero.evaluation.world.backbones import (
+    I3D,
+    I3D_URL,
+    WeightsError,
+    fetch_weights,
+    load_backbones,
+    load_lpips,
+)
+from worldvla_libero.evaluation.world.metrics import frame_lpips
 
 # (outside, inside, kernel) of the convolutions of AlexNet, by their place in torchvision's `features`.
 ALEXNET = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from worldvla_libero import cli, cli_model
+from worldvla_libero.cli import main as cli
+from worldvla_libero.cli import model as cli_model
 from worldvla_libero.doctor import rendering, start_of
-from worldvla_libero.suites import Task, load_suite
+from worldvla_libero.simulator.suites import Task, load_suite
 from worldvla_libero.versions import installed_versions
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "published"
@@ -22,7 +23,7 @@ def run(*arguments: str, code: str = "", **environment: str) -> subprocess.Compl
     """The command in a process of its own; `code` runs before it."""
     ours = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MPLCONFIGDIR", "MESA_SHADER_CACHE_DIR")
     kept = {k: v for k, v in os.environ.items() if k not in ours}
-    program = f"import sys\n{code}\nfrom worldvla_libero.cli import main\nsys.exit(main({list(arguments)!r}))"
+    program = f"import sys\n{code}\nfrom worldvla_libero.cli.main import main\nsys.exit(main({list(arguments)!r}))"
     return subprocess.run(
         [sys.executable, "-c", program], env=kept | environment, capture_output=True, text=True, timeout=600
     )

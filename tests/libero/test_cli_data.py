@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from worldvla_libero import cli, default_model_path
-from worldvla_libero import collect as collecting
-from worldvla_libero import replay as replaying
-from worldvla_libero.data_record import DataRecord
-from worldvla_libero.episodes import Dropped, Episode
-from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
-from worldvla_libero.jobs import Job
+from worldvla_libero import default_model_path
+from worldvla_libero.cli import main as cli
+from worldvla_libero.data.episodes import Episode
+from worldvla_libero.data.hdf5 import HDF5Source, write_demonstrations
+from worldvla_libero.data.record import DataRecord
+from worldvla_libero.data.samples import ActionSamples, TokenSamples
+from worldvla_libero.data.shards import TokenDataset
+from worldvla_libero.demonstrations import collect as collecting
+from worldvla_libero.demonstrations import replay as replaying
+from worldvla_libero.jobs.job import Job
+from worldvla_libero.jobs.parts import Dropped
 from worldvla_libero.prepare import PrepareSettings, open_source, plan
-from worldvla_libero.samples import ActionSamples, TokenSamples
-from worldvla_libero.shards import TokenDataset
 from worldvla_tokenizers import VQGAN, ImageTokenizer, TextTokenizer, VQGANConfig
 
 HERE = Path(__file__).parent
@@ -243,7 +245,7 @@ def test_prepare_lists_what_was_dropped_or_stops_there_if_strict(spoiled, tiny, 
 
 
 def test_a_long_list_of_dropped_episodes_is_cut_and_words_are_not_markup(capsys):
-    from worldvla_libero.cli_data import _console, _print_dropped
+    from worldvla_libero.cli.data import _console, _print_dropped
 
     dropped = [Dropped(f"[red]/{n}", "too short", "[/b] 3") for n in range(12)]
     _print_dropped(_console(), dropped, Path("o/dataset.json"))
@@ -304,7 +306,7 @@ def stand_ins(monkeypatch, tmp_path_factory) -> Iterator[None]:
 STAND_INS = """
 from dataclasses import replace
 import numpy as np
-from worldvla_libero.episodes import EpisodeError, Reason
+from worldvla_libero.data.episodes import EpisodeError, Reason
 
 class Replayer:
     def __init__(self, settings, *, suite):

@@ -12,12 +12,12 @@ import h5py
 import numpy as np
 import pytest
 
-from worldvla_libero.collect import RECORD_FILE, Attempt, Demonstrator, collect
-from worldvla_libero.experts import NoExpertError
-from worldvla_libero.hdf5 import HDF5Source
-from worldvla_libero.jobs import JobError, StorageError
-from worldvla_libero.replay import Replayer, ReplaySettings
-from worldvla_libero.suites import load_suite
+from worldvla_libero.data.hdf5 import HDF5Source
+from worldvla_libero.demonstrations.collect import RECORD_FILE, Attempt, Demonstrator, collect
+from worldvla_libero.demonstrations.experts import NoExpertError
+from worldvla_libero.demonstrations.replay import Replayer, ReplaySettings
+from worldvla_libero.jobs.job import JobError, StorageError
+from worldvla_libero.simulator.suites import load_suite
 
 OBJECTS = load_suite("libero_object")
 TASK, OTHER = OBJECTS.task(1), OBJECTS.task(2)
@@ -33,7 +33,7 @@ def work() -> Iterator[ModuleType]:
 @pytest.fixture
 def synthetic(work, monkeypatch) -> ModuleType:
     """Even attempts succeed, later ones end first, and there is no simulator."""
-    monkeypatch.setattr("worldvla_libero.collect.Demonstrator", work.SyntheticDemonstrator)
+    monkeypatch.setattr("worldvla_libero.demonstrations.collect.Demonstrator", work.SyntheticDemonstrator)
     return work
 
 
@@ -117,7 +117,7 @@ def test_a_task_is_given_up_after_so_many_attempts(tmp_path, synthetic, attempts
 
 
 def test_a_task_that_never_succeeds_has_no_file(tmp_path, synthetic, monkeypatch):
-    monkeypatch.setattr("worldvla_libero.collect.Demonstrator", synthetic.NeverSucceeds)
+    monkeypatch.setattr("worldvla_libero.demonstrations.collect.Demonstrator", synthetic.NeverSucceeds)
     (row,) = collect([TASK], tmp_path, episodes=1)["tasks"]
     assert (row["attempts"], row["successes"], row["file"], row["mean_steps"]) == (2, 0, None, None)
     assert [path.name for path in tmp_path.iterdir()] == [RECORD_FILE]
@@ -135,7 +135,7 @@ def test_a_full_disk_delays_a_collection_and_changes_nothing(tmp_path, synthetic
         ("merge_demonstrations", f"{TASK.name}_demo.hdf5"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"worldvla_libero.collect.{function}", fail)
+            patch.setattr(f"worldvla_libero.demonstrations.collect.{function}", fail)
             with pytest.raises(StorageError, match=rf"^{named}: cannot be written to .*No space left on device"):
                 collect([TASK], out, episodes=3, workers=2)
     collect([TASK], out, episodes=3)

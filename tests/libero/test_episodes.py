@@ -9,8 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from worldvla_libero.episodes import (
-    Dropped,
+from worldvla_libero.data.episodes import (
     Episode,
     EpisodeError,
     EpisodeKey,
@@ -23,6 +22,7 @@ from worldvla_libero.episodes import (
     split,
     spread,
 )
+from worldvla_libero.jobs.parts import Dropped
 from worldvla_tokenizers import BoundsWarning
 
 OPEN, CLOSED = -1.0, 1.0

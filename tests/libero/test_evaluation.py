@@ -15,12 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from worldvla_libero.evaluation import EvaluationError, evaluate
-from worldvla_libero.jobs import JobError, StorageError
-from worldvla_libero.libero_files import InitialStateError
-from worldvla_libero.policies import ExpertPolicy, ModelPolicy, RandomPolicy
-from worldvla_libero.protocols import LEROBOT, OPENVLA
-from worldvla_libero.records import (
+from worldvla_libero.evaluation.closed_loop import EvaluationError, evaluate
+from worldvla_libero.evaluation.policies import ExpertPolicy, ModelPolicy, RandomPolicy
+from worldvla_libero.evaluation.records import (
     EPISODES_FILE,
     RESULTS_FILE,
     RETRIED_FILE,
@@ -29,10 +26,13 @@ from worldvla_libero.records import (
     SuccessRate,
     version_warnings,
 )
-from worldvla_libero.run_files import RunError
-from worldvla_libero.settling import Motion
-from worldvla_libero.simulator import NO_MOTION, StepResult
-from worldvla_libero.suites import load_suite
+from worldvla_libero.evaluation.run_files import RunError
+from worldvla_libero.jobs.job import JobError, StorageError
+from worldvla_libero.simulator.libero_files import InitialStateError
+from worldvla_libero.simulator.protocols import LEROBOT, OPENVLA
+from worldvla_libero.simulator.settling import Motion
+from worldvla_libero.simulator.simulator import NO_MOTION, StepResult
+from worldvla_libero.simulator.suites import load_suite
 from worldvla_libero.versions import installed_versions
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "published"
@@ -83,7 +83,7 @@ class Standing:
 
 @pytest.fixture
 def standing(monkeypatch):
-    monkeypatch.setattr("worldvla_libero.episode_runner.Simulator", Standing)
+    monkeypatch.setattr("worldvla_libero.evaluation.episode_runner.Simulator", Standing)
 
 
 def frames_of(path: Path) -> int:
@@ -97,7 +97,7 @@ def evaluated(tmp_path_factory):
     suites = [load_suite("libero_goal").task(8), load_suite("libero_object").task(0)]
     told: list[EpisodeRecord] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worldvla_libero.episode_runner.Simulator", Standing)
+        patch.setattr("worldvla_libero.evaluation.episode_runner.Simulator", Standing)
         result = evaluate(
             FailsInSecondEpisode(),
             suites,
@@ -269,7 +269,7 @@ def test_a_last_frame_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch)
     def full(path, image):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("worldvla_libero.episode_runner.save_image", full)
+    monkeypatch.setattr("worldvla_libero.evaluation.episode_runner.save_image", full)
     with pytest.raises(StorageError, match=r"frames/libero_goal_08_000\.png: cannot be written .*No space left"):
         evaluate(FailsInSecondEpisode(), [task], folder, protocol=SHORT, episodes=1, video_stride=0)
     assert not (folder / EPISODES_FILE).exists()
@@ -284,7 +284,8 @@ class UnportableError(Exception):
 
 
 def test_a_worker_tells_what_the_policy_raised(tmp_path, monkeypatch):
-    monkeypatch.setattr("worldvla_libero.evaluation.EpisodeRunner", fleet_work.Runner)  # what travels is the error
+    # What travels is the error.
+    monkeypatch.setattr("worldvla_libero.evaluation.closed_loop.EpisodeRunner", fleet_work.Runner)
 
     class Fails(FailsInSecondEpisode):
         def act(self, observation):
@@ -397,7 +398,7 @@ class Falling(Standing):
 
 
 def test_a_start_that_has_not_settled_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("worldvla_libero.episode_runner.Simulator", Falling)
+    monkeypatch.setattr("worldvla_libero.evaluation.episode_runner.Simulator", Falling)
     tasks = [load_suite("libero_spatial").task(i) for i in (4, 5)]
     protocol = replace(SHORT, max_steps={"libero_spatial": 2})
     result = evaluate(FailsInSecondEpisode(), tasks, tmp_path, protocol=protocol, episodes=2)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from worldvla_libero.experts import (
+from worldvla_libero.demonstrations.experts import (
     CLOSED,
     ExpertStyle,
     NoExpertError,
@@ -17,8 +17,8 @@ from worldvla_libero.experts import (
     demonstrate,
     has_expert,
 )
-from worldvla_libero.simulator import Simulator
-from worldvla_libero.suites import SUITES, load_suite
+from worldvla_libero.simulator.simulator import Simulator
+from worldvla_libero.simulator.suites import SUITES, load_suite
 
 CREAM_CHEESE = 1  # of LIBERO-Object: the hand has to keep clear of a can
 NO_OP = 1e-4  # the field's filter drops motions below

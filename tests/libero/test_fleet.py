@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from fleet_work import Answers, Runner
 
-from worldvla_libero.episode_runner import EpisodePlan
-from worldvla_libero.fleet import PolicyTimeLimitError, run_episodes
-from worldvla_libero.jobs import StorageError
-from worldvla_libero.policies import Needs
-from worldvla_libero.pools import HerePool, ProcessPool, open_pool
-from worldvla_libero.processes import WorkerStartError
-from worldvla_libero.protocols import OPENVLA
-from worldvla_libero.suites import load_suite
+from worldvla_libero.evaluation.episode_runner import EpisodePlan
+from worldvla_libero.evaluation.fleet import PolicyTimeLimitError, run_episodes
+from worldvla_libero.evaluation.policies import Needs
+from worldvla_libero.jobs.job import StorageError
+from worldvla_libero.jobs.pools import HerePool, ProcessPool, open_pool
+from worldvla_libero.jobs.processes import WorkerStartError
+from worldvla_libero.simulator.protocols import OPENVLA
+from worldvla_libero.simulator.suites import load_suite
 
 
 def plans(folder, troubles=(), count=6, tasks=2):

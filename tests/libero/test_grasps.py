@@ -1,8 +1,16 @@
 import numpy as np
 import pytest
 
-from worldvla_libero.grasps import _PARTS, FINGERTIP, Grasp, arm_slack, clearance, hand_rotation, plan_grasp
-from worldvla_libero.scene import Boxes
+from worldvla_libero.demonstrations.grasps import (
+    _PARTS,
+    FINGERTIP,
+    Grasp,
+    arm_slack,
+    clearance,
+    hand_rotation,
+    plan_grasp,
+)
+from worldvla_libero.demonstrations.scene import Boxes
 
 TABLE = Boxes(np.array([[0.5, 0.0, -0.05]]), np.eye(3)[None], np.array([[0.5, 0.5, 0.05]]))
 SHOULDER = np.array([0.0, 0.0, 0.33])

@@ -17,15 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from worldvla_libero.episodes import Episode, EpisodeError, EpisodeKey, Reason
-from worldvla_libero.hdf5 import (
-    HDF5Source,
-    merge_demonstrations,
-    proprioception,
-    quaternion_to_axis_angle,
-    write_demonstrations,
-)
-from worldvla_libero.rendering import prepare_process
+from worldvla_libero.conventions import proprioception, quaternion_to_axis_angle
+from worldvla_libero.data.episodes import Episode, EpisodeError, EpisodeKey, Reason
+from worldvla_libero.data.hdf5 import HDF5Source, merge_demonstrations, write_demonstrations
+from worldvla_libero.simulator.rendering import prepare_process
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "demos" / "libero_object"
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, snapshot_download
 
-from worldvla_libero.cli import main
-from worldvla_libero.hub_data import DataNotFoundError, data_name, data_path
-from worldvla_libero.lerobot import LeRobotSource
+from worldvla_libero.cli.main import main
+from worldvla_libero.data.hub import DataNotFoundError, data_name, data_path
+from worldvla_libero.data.shards import TokenDataset
+from worldvla_libero.evaluation.world.trajectories import Demonstrations, TokenTrajectories, open_trajectories
+from worldvla_libero.lerobot.reader import LeRobotSource
 from worldvla_libero.prepare import open_source
-from worldvla_libero.shards import TokenDataset
-from worldvla_libero.trajectories import Demonstrations, TokenTrajectories, open_trajectories
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SO101 = FIXTURES / "lerobot" / "so101"

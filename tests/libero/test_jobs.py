@@ -12,8 +12,9 @@ from types import ModuleType
 
 import pytest
 
-from worldvla_libero.episodes import Dropped, EpisodeError, Reason
-from worldvla_libero.jobs import WORK_FOLDER, Job, JobError, StorageError
+from worldvla_libero.data.episodes import EpisodeError, Reason
+from worldvla_libero.jobs.job import Job, JobError, StorageError
+from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
 
 HERE = Path(__file__).parent
 DONE = "done.json"
@@ -219,7 +220,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""
 from pathlib import Path
-from worldvla_libero.jobs import Job
+from worldvla_libero.jobs.job import Job
 with Job({str(tmp_path / "out")!r}, "done.json", {{}}) as job:
     job.run({{"0": "0"}}, str, Path.touch, suffix=".txt")
 """)
@@ -273,7 +274,7 @@ def test_a_disk_that_is_full_in_the_end_loses_no_part(tmp_path, jobs, whole, mon
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path, jobs):
-    code = f"from worldvla_libero.jobs import Job; Job({str(tmp_path)!r}, 'done.json', {{}}).__enter__()"
+    code = f"from worldvla_libero.jobs.job import Job; Job({str(tmp_path)!r}, 'done.json', {{}}).__enter__()"
     with Job(tmp_path, DONE, {}):
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
         assert f"JobError: another process is at work in {tmp_path}; wait for it" in ran.stderr

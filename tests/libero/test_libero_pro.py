@@ -4,13 +4,26 @@ import re
 
 import pytest
 
-from worldvla_libero import libero_files, libero_pro, suites
-from worldvla_libero.libero_files import InitialStateError, MissingFilesError, libero_root
-from worldvla_libero.libero_pro import EXTRA_SUITES, OWN_OBJECTS, PERTURBATIONS, PERTURBED_SUITES, REWORDED_SUITES
-from worldvla_libero.protocols import LEROBOT, OPENVLA
-from worldvla_libero.rendering import check_rendering
-from worldvla_libero.simulator import Simulator
-from worldvla_libero.suites import SUITES, Task, UnknownNameError, find_task, instruction_of, load_suite
+from worldvla_libero.conventions import instruction_of
+from worldvla_libero.simulator import libero_files, libero_pro, suites
+from worldvla_libero.simulator.libero_files import InitialStateError, MissingFilesError, libero_root
+from worldvla_libero.simulator.libero_pro import (
+    EXTRA_SUITES,
+    OWN_OBJECTS,
+    PERTURBATIONS,
+    PERTURBED_SUITES,
+    REWORDED_SUITES,
+)
+from worldvla_libero.simulator.protocols import LEROBOT, OPENVLA
+from worldvla_libero.simulator.rendering import check_rendering
+from worldvla_libero.simulator.simulator import Simulator
+from worldvla_libero.simulator.suites import (
+    SUITES,
+    Task,
+    UnknownNameError,
+    find_task,
+    load_suite,
+)
 
 PRO = [f"{base}_{suffix}" for suffix in ("lan", "object", "swap", "task") for base in (*SUITES[:3], "libero_10")]
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from worldvla_libero.evaluation import evaluate
-from worldvla_libero.experts import ExpertStyle, NoExpertError
-from worldvla_libero.policies import (
+from worldvla_libero.demonstrations.experts import ExpertStyle, NoExpertError
+from worldvla_libero.evaluation.closed_loop import evaluate
+from worldvla_libero.evaluation.policies import (
     AGENTVIEW,
     WRIST,
     EpisodicPolicy,
@@ -19,10 +19,10 @@ from worldvla_libero.policies import (
     RandomPolicy,
     open_policy,
 )
-from worldvla_libero.protocols import OPENVLA
-from worldvla_libero.rollout import PolicyError, rollout
-from worldvla_libero.simulator import SimulatorError
-from worldvla_libero.suites import UnknownNameError, load_suite
+from worldvla_libero.evaluation.rollout import PolicyError, rollout
+from worldvla_libero.simulator.protocols import OPENVLA
+from worldvla_libero.simulator.simulator import SimulatorError
+from worldvla_libero.simulator.suites import UnknownNameError, load_suite
 from worldvla_tokenizers import ActionTokenizer
 
 NOTHING = Observation((), "", 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from worldvla_libero.published_results import IMAGINATION, SUCCESS, SUITES
+from worldvla_libero.evaluation.published_results import IMAGINATION, SUCCESS, SUITES
 
 
 def test_averages_are_those_of_the_suites():

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from worldvla_libero.recipes import (
+from worldvla_libero.data.samples import VideoSamples, WorldSamples
+from worldvla_libero.training.recipes import (
     NANO,
     RECIPES,
     SUITES,
@@ -11,7 +12,6 @@ from worldvla_libero.recipes import (
     changed_fields,
     find_recipe,
 )
-from worldvla_libero.samples import VideoSamples, WorldSamples
 from worldvla_model.masks import STRATEGIES
 
 

@@ -22,8 +22,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from worldvla_libero.libero_files import config_file
-from worldvla_libero.rendering import RenderingError, check_rendering, open_egl_device
+from worldvla_libero.simulator.libero_files import config_file
+from worldvla_libero.simulator.rendering import RenderingError, check_rendering, open_egl_device
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="EGL is Linux's")
 

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from worldvla_libero.episodes import Episode, EpisodeError, NoEpisodeLeftError, Reason
-from worldvla_libero.hdf5 import HDF5Source
-from worldvla_libero.jobs import WORK_FOLDER, JobError, StorageError
-from worldvla_libero.lerobot import LeRobotSource
-from worldvla_libero.protocols import OPENVLA
-from worldvla_libero.replay import RECORD_FILE, Replayer, ReplaySettings, replay
-from worldvla_libero.simulator import NO_MOTION, Simulator
-from worldvla_libero.suites import load_suite
+from worldvla_libero.data.episodes import Episode, EpisodeError, NoEpisodeLeftError, Reason
+from worldvla_libero.data.hdf5 import HDF5Source
+from worldvla_libero.demonstrations.replay import RECORD_FILE, Replayer, ReplaySettings, replay
+from worldvla_libero.jobs.job import JobError, StorageError
+from worldvla_libero.jobs.parts import WORK_FOLDER
+from worldvla_libero.lerobot.reader import LeRobotSource
+from worldvla_libero.simulator.protocols import OPENVLA
+from worldvla_libero.simulator.simulator import NO_MOTION, Simulator
+from worldvla_libero.simulator.suites import load_suite
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "demos" / "libero_object"
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
@@ -205,7 +206,7 @@ def test_settings_out_of_range_are_refused(changes, message):
 @pytest.fixture
 def synthetic(work, monkeypatch) -> str:
     """The id of the episode that fails."""
-    monkeypatch.setattr("worldvla_libero.replay.Replayer", work.SyntheticReplayer)
+    monkeypatch.setattr("worldvla_libero.demonstrations.replay.Replayer", work.SyntheticReplayer)
     return work.SyntheticReplayer.FAILS
 
 
@@ -274,7 +275,7 @@ def test_the_bytes_do_not_depend_on_workers_nor_on_a_disk_that_was_full(
     out, last = tmp_path / "out", "merge_demonstrations" if format == "hdf5" else "write_lerobot"
     for function in ("write_demonstrations", last):
         with monkeypatch.context() as patch:
-            patch.setattr(f"worldvla_libero.replay.{function}", fail)
+            patch.setattr(f"worldvla_libero.demonstrations.replay.{function}", fail)
             with pytest.raises(
                 StorageError, match=r"cannot be written to .*\(No space left on device\); what was"
             ):

@@ -3,11 +3,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from worldvla_libero.policies import WRIST, Observation
-from worldvla_libero.protocols import OPENVLA
-from worldvla_libero.rollout import PolicyError, rollout
-from worldvla_libero.simulator import InvalidActionError, Simulator, StepResult
-from worldvla_libero.suites import load_suite
+from worldvla_libero.evaluation.policies import WRIST, Observation
+from worldvla_libero.evaluation.rollout import PolicyError, rollout
+from worldvla_libero.simulator.protocols import OPENVLA
+from worldvla_libero.simulator.simulator import InvalidActionError, Simulator, StepResult
+from worldvla_libero.simulator.suites import load_suite
 
 
 @dataclass

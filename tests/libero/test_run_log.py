@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from worldvla_libero import run_log
-from worldvla_libero.run_log import RunLog, read_lines
+from worldvla_libero.training import run_log
+from worldvla_libero.training.run_log import RunLog, read_lines
 
 
 def write(folder, steps, **values):

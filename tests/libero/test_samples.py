@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from worldvla_libero.samples import (
+from worldvla_libero.data.samples import (
     ActionSamples,
     Prompts,
     SampleWriter,
@@ -12,7 +12,7 @@ from worldvla_libero.samples import (
     WorldSamples,
     samples_of,
 )
-from worldvla_libero.shards import TokenDataset
+from worldvla_libero.data.shards import TokenDataset
 from worldvla_tokenizers import ActionTokenizer, TextTokenizer, sequence
 from worldvla_tokenizers.sequence import ActionBlock, ImageBlock, Marker, TextBlock
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from worldvla_libero.scene import Boxes, Scene
+from worldvla_libero.demonstrations.scene import Boxes, Scene
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from worldvla_libero.settling import MAX_SPEED, FreeObjects, Motion, unsettled
-from worldvla_libero.simulator import NO_MOTION
+from worldvla_libero.simulator.settling import MAX_SPEED, FreeObjects, Motion, unsettled
+from worldvla_libero.simulator.simulator import NO_MOTION
 
 HINGE, FREE = 3, 0
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from worldvla_libero.data_record import RECORD_FILE, DataRecord, ShardError, SplitRecord
-from worldvla_libero.episodes import Dropped
-from worldvla_libero.shards import (
+from worldvla_libero.data.record import RECORD_FILE, DataRecord, ShardError, SplitRecord
+from worldvla_libero.data.shards import (
     TokenDataset,
     TokenEpisode,
     read_episodes,
@@ -16,6 +15,7 @@ from worldvla_libero.shards import (
     token_episode,
     write_episodes,
 )
+from worldvla_libero.jobs.parts import Dropped
 from worldvla_tokenizers import ImageTokenizer
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worldvla_libero.libero_files import InitialStateError
-from worldvla_libero.protocols import OPENVLA
-from worldvla_libero.simulator import (
+from worldvla_libero.simulator.libero_files import InitialStateError
+from worldvla_libero.simulator.protocols import OPENVLA
+from worldvla_libero.simulator.simulator import (
     NO_MOTION,
     InvalidActionError,
     Simulator,
     SimulatorError,
     check_actions,
 )
-from worldvla_libero.suites import load_suite
+from worldvla_libero.simulator.suites import load_suite
 
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (8, 7))
 
@@ -145,7 +145,7 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-CHECK = "from worldvla_libero.rendering import check_rendering; check_rendering()"
+CHECK = "from worldvla_libero.simulator.rendering import check_rendering; check_rendering()"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_missing_gl_is_a_clear_error(environment, message):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="torch comes without triton on this platform")
 def test_torch_can_load_triton_after_the_renderer():
-    code = "from worldvla_libero.rendering import check_rendering; check_rendering(); import triton"
+    code = "from worldvla_libero.simulator.rendering import check_rendering; check_rendering(); import triton"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
 
@@ -179,8 +179,8 @@ def test_a_rollout_is_silent_and_leaves_the_home_untouched(tmp_path: Path):
     work.mkdir()
     code = f"""
 import os; os.chdir({str(work)!r})
-from worldvla_libero.simulator import Simulator
-from worldvla_libero.suites import load_suite
+from worldvla_libero.simulator.simulator import Simulator
+from worldvla_libero.simulator.suites import load_suite
 simulator = Simulator(load_suite("libero_goal").task(0), image_size=64)
 simulator.reset()
 simulator.step([0.0] * 7)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worldvla_libero import libero_files, suites
-from worldvla_libero.libero_files import InitialStateError, LiberoNotInstalledError
-from worldvla_libero.protocols import LEROBOT, OPENVLA, find_protocol
-from worldvla_libero.suites import SUITES, Suite, Task, UnknownNameError, load_suite
+from worldvla_libero.simulator import libero_files, suites
+from worldvla_libero.simulator.libero_files import InitialStateError, LiberoNotInstalledError
+from worldvla_libero.simulator.protocols import LEROBOT, OPENVLA, find_protocol
+from worldvla_libero.simulator.suites import SUITES, Suite, Task, UnknownNameError, load_suite
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -170,7 +170,7 @@ def test_reading_suites_imports_neither_libero_nor_torch():
     import subprocess
 
     code = (
-        "import sys; from worldvla_libero.suites import load_suite; "
+        "import sys; from worldvla_libero.simulator.suites import load_suite; "
         "load_suite('libero_10').tasks[3].initial_states(); "
         "print(sorted({'libero', 'robosuite', 'torch', 'matplotlib'} & set(sys.modules)))"
     )

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from worldvla_libero import run_log, tokenizer_training
-from worldvla_libero.episodes import Episode, EpisodeError, split
-from worldvla_libero.hdf5 import write_demonstrations
+from worldvla_libero.data.episodes import Episode, EpisodeError, split
+from worldvla_libero.data.hdf5 import write_demonstrations
 from worldvla_libero.prepare import open_source
-from worldvla_libero.run_log import read_lines
-from worldvla_libero.tokenizer_training import (
+from worldvla_libero.training import run_log, tokenizer_training
+from worldvla_libero.training.run_log import read_lines
+from worldvla_libero.training.tokenizer_training import (
     FramesError,
     FrameSettings,
     Intervals,

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from worldvla_libero import Simulator, cli, load_suite, run_log, training
-from worldvla_libero.data_record import RECORD_FILE, DataRecord, ShardError, SplitRecord, fingerprint_of
-from worldvla_libero.recipes import NANO, RECIPES, ModelSize, RecipeError, find_recipe
-from worldvla_libero.run_log import read_lines
-from worldvla_libero.shards import TokenDataset, TokenEpisode, write_episodes
-from worldvla_libero.training import RunOptions, train_recipe
+from worldvla_libero import Simulator, load_suite
+from worldvla_libero.cli import main as cli
+from worldvla_libero.data.record import RECORD_FILE, DataRecord, ShardError, SplitRecord, fingerprint_of
+from worldvla_libero.data.shards import TokenDataset, TokenEpisode, write_episodes
+from worldvla_libero.training import run_log, training
+from worldvla_libero.training.recipes import NANO, RECIPES, ModelSize, RecipeError, find_recipe
+from worldvla_libero.training.run_log import read_lines
+from worldvla_libero.training.training import RunOptions, train_recipe
 from worldvla_model import WorldVLA, WorldVLAForConditionalGeneration
 from worldvla_model.loss import IMAGE_IDS
 from worldvla_model.training import WorldVLATrainer

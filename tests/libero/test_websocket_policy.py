@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from websockets.sync.server import serve
 
-from worldvla_libero.policies import Needs, Observation
-from worldvla_libero.rollout import rollout
-from worldvla_libero.websocket_policy import PolicyServerError, WebsocketPolicy, pack, unpack
+from worldvla_libero.evaluation.policies import Needs, Observation
+from worldvla_libero.evaluation.rollout import rollout
+from worldvla_libero.evaluation.websocket_policy import PolicyServerError, WebsocketPolicy, pack, unpack
 
 FRAME = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 OBSERVATION = Observation((FRAME,), "turn on the stove", 0, wrist=FRAME[::-1].copy(), state=np.arange(8.0))

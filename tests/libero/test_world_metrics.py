@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from worldvla_libero.episodes import Episode
-from worldvla_libero.world_metrics import (
+from worldvla_libero.data.episodes import Episode
+from worldvla_libero.evaluation.world.metrics import (
     frame_lpips,
     frame_psnr,
     frame_ssim,

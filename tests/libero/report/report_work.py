@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from worldvla_libero.records import SuccessRate
+from worldvla_libero.evaluation.records import SuccessRate
 from worldvla_libero.video import VideoWriter
 
 FRAMES = Path(__file__).parents[2] / "fixtures" / "published" / "frames"

@@ -15,10 +15,10 @@ import pytest
 from page_work import cells_of, parse_page, section_of, words_of
 from PIL import Image
 
-from worldvla_libero.data_record import DataRecord, SplitRecord, fingerprint_of
-from worldvla_libero.episodes import Dropped
-from worldvla_libero.report.data_page import Preview, data_page
-from worldvla_libero.shards import TokenEpisode
+from worldvla_libero.data.page import Preview, data_page
+from worldvla_libero.data.record import DataRecord, SplitRecord, fingerprint_of
+from worldvla_libero.data.shards import TokenEpisode
+from worldvla_libero.jobs.parts import Dropped
 from worldvla_tokenizers import ActionTokenizer
 from worldvla_tokenizers.action import ActionError
 

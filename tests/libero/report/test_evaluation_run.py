@@ -5,8 +5,8 @@ import json
 import pytest
 from report_work import episode_line, evaluation_info, write_evaluation
 
-from worldvla_libero.report.evaluation_run import read_evaluation, task_order
-from worldvla_libero.run_files import RunError
+from worldvla_libero.evaluation.report.evaluation_run import read_evaluation, task_order
+from worldvla_libero.evaluation.run_files import RunError
 
 LINES = [
     episode_line("libero_goal", task, episode, outcome)

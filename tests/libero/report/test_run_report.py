@@ -23,11 +23,11 @@ from report_work import (
     write_world,
 )
 
-from worldvla_libero import cli
-from worldvla_libero.published_results import IMAGINATION, SUCCESS
-from worldvla_libero.report import write_report
-from worldvla_libero.report.panels import COLOURS
-from worldvla_libero.run_files import RunError
+from worldvla_libero.cli import main as cli
+from worldvla_libero.evaluation.published_results import IMAGINATION, SUCCESS
+from worldvla_libero.evaluation.report import write_report
+from worldvla_libero.evaluation.run_files import RunError
+from worldvla_libero.pages.panels import COLOURS
 
 HOSTILE = "<script>alert(\"1\")</script> & 'it' </td> $name {name} $x^2$"
 FOUR = ("libero_spatial", "libero_object", "libero_goal", "libero_10")

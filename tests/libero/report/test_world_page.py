@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from report_work import world_content
 
-from worldvla_libero.report.panels import COLOURS
-from worldvla_libero.report.world_page import mean_curve, save_world_panels, world_panels
-from worldvla_libero.report.world_run import WorldRun
-from worldvla_libero.world_metrics import mean_interval
+from worldvla_libero.evaluation.report.world_page import mean_curve, save_world_panels, world_panels
+from worldvla_libero.evaluation.report.world_run import WorldRun
+from worldvla_libero.evaluation.world.metrics import mean_interval
+from worldvla_libero.pages.panels import COLOURS
 
 
 def run_of(content, place=0):

@@ -5,8 +5,8 @@ import math
 import pytest
 from report_work import world_content, write_world
 
-from worldvla_libero.report.world_run import read_world
-from worldvla_libero.run_files import RunError
+from worldvla_libero.evaluation.report.world_run import read_world
+from worldvla_libero.evaluation.run_files import RunError
 
 
 def test_a_run_is_read(tmp_path):

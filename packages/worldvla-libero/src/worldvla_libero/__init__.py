@@ -9,11 +9,15 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worldvla_libero.episodes import Dropped, Episode, EpisodeError, EpisodeKey, Reason, Source
-from worldvla_libero.evaluation import EvaluationError, evaluate
-from worldvla_libero.libero_files import InitialStateError, LiberoNotInstalledError, MissingFilesError
-from worldvla_libero.libero_pro import PERTURBED_SUITES
-from worldvla_libero.policies import (
+from worldvla_libero.data.episodes import (
+    Episode,
+    EpisodeError,
+    EpisodeKey,
+    Reason,
+    Source,
+)
+from worldvla_libero.evaluation.closed_loop import EvaluationError, evaluate
+from worldvla_libero.evaluation.policies import (
     EpisodicPolicy,
     ExpertPolicy,
     ModelPolicy,
@@ -23,36 +27,39 @@ from worldvla_libero.policies import (
     RandomPolicy,
     open_policy,
 )
-from worldvla_libero.protocols import LEROBOT, OPENVLA, PROTOCOLS, EvaluationProtocol, find_protocol
-from worldvla_libero.records import EpisodeRecord, EvaluationResult, SuccessRate
-from worldvla_libero.rendering import RenderingError
-from worldvla_libero.rollout import PolicyError, Rollout, rollout
-from worldvla_libero.simulator import InvalidActionError, Simulator, SimulatorError, StepResult
-from worldvla_libero.suites import SUITES, Suite, Task, UnknownNameError, load_suite
+from worldvla_libero.evaluation.records import EpisodeRecord, EvaluationResult, SuccessRate
+from worldvla_libero.evaluation.rollout import PolicyError, Rollout, rollout
+from worldvla_libero.jobs.parts import Dropped
+from worldvla_libero.simulator.libero_files import InitialStateError, LiberoNotInstalledError, MissingFilesError
+from worldvla_libero.simulator.libero_pro import PERTURBED_SUITES
+from worldvla_libero.simulator.protocols import LEROBOT, OPENVLA, PROTOCOLS, EvaluationProtocol, find_protocol
+from worldvla_libero.simulator.rendering import RenderingError
+from worldvla_libero.simulator.simulator import InvalidActionError, Simulator, SimulatorError, StepResult
+from worldvla_libero.simulator.suites import SUITES, Suite, Task, UnknownNameError, load_suite
 from worldvla_libero.video import VideoWriter
 
 if TYPE_CHECKING:
-    from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
+    from worldvla_libero.data.hdf5 import HDF5Source, write_demonstrations
+    from worldvla_libero.data.samples import ActionSamples, TokenSamples, VideoSamples, WorldSamples
+    from worldvla_libero.data.shards import ShardError, TokenDataset, TokenEpisode
+    from worldvla_libero.evaluation.websocket_policy import PolicyServerError, WebsocketPolicy
     from worldvla_libero.lerobot import LeRobotSource, write_lerobot
-    from worldvla_libero.samples import ActionSamples, TokenSamples, VideoSamples, WorldSamples
-    from worldvla_libero.shards import ShardError, TokenDataset, TokenEpisode
-    from worldvla_libero.websocket_policy import PolicyServerError, WebsocketPolicy
 
 # Those whose modules take long to import are imported when they are first asked for.
 _LAZY = {
-    "HDF5Source": "hdf5",
-    "write_demonstrations": "hdf5",
+    "HDF5Source": "data.hdf5",
+    "write_demonstrations": "data.hdf5",
     "LeRobotSource": "lerobot",
     "write_lerobot": "lerobot",
-    "ActionSamples": "samples",
-    "TokenSamples": "samples",
-    "VideoSamples": "samples",
-    "WorldSamples": "samples",
-    "ShardError": "shards",
-    "TokenDataset": "shards",
-    "TokenEpisode": "shards",
-    "PolicyServerError": "websocket_policy",
-    "WebsocketPolicy": "websocket_policy",
+    "ActionSamples": "data.samples",
+    "TokenSamples": "data.samples",
+    "VideoSamples": "data.samples",
+    "WorldSamples": "data.samples",
+    "ShardError": "data.shards",
+    "TokenDataset": "data.shards",
+    "TokenEpisode": "data.shards",
+    "PolicyServerError": "evaluation.websocket_policy",
+    "WebsocketPolicy": "evaluation.websocket_policy",
 }
 
 __all__ = [

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worldvla_libero.evaluation.policies import ModelPolicy
+from worldvla_libero.evaluation.rollout import Rollout, rollout
+from worldvla_libero.evaluation.world.metrics import psnr
 from worldvla_libero.figures import ImaginedFrame, save_demo_figure, side_by_side
-from worldvla_libero.policies import ModelPolicy
-from worldvla_libero.rollout import Rollout, rollout
-from worldvla_libero.simulator import Frame, Simulator
-from worldvla_libero.suites import Task
+from worldvla_libero.simulator.simulator import Frame, Simulator
+from worldvla_libero.simulator.suites import Task
 from worldvla_libero.versions import installed_versions
 from worldvla_libero.video import VideoWriter
-from worldvla_libero.world_metrics import psnr
 from worldvla_tokenizers.files import write_text_atomic
 
 if TYPE_CHECKING:

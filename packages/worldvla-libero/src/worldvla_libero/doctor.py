@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Literal
 
 from worldvla_libero import default_model_path
-from worldvla_libero.libero_files import LiberoNotInstalledError, MissingFilesError, ignored_config, libero_root
-from worldvla_libero.settling import unsettled
-from worldvla_libero.simulator import Simulator
-from worldvla_libero.suites import SUITES, Task, load_suite
+from worldvla_libero.simulator.libero_files import (
+    LiberoNotInstalledError,
+    MissingFilesError,
+    ignored_config,
+    libero_root,
+)
+from worldvla_libero.simulator.settling import unsettled
+from worldvla_libero.simulator.simulator import Simulator
+from worldvla_libero.simulator.suites import SUITES, Task, load_suite
 from worldvla_libero.versions import PUBLISHED_VERSIONS, installed_versions
 
 _GL_TIMEOUT_SECONDS = 120
@@ -85,7 +90,7 @@ def start_of(task: Task) -> Finding:
 
 def rendering() -> Finding:
     """Open an OpenGL context in a process of its own, since a broken driver may end the process."""
-    code = "from worldvla_libero.rendering import renderer_name; print(renderer_name())"
+    code = "from worldvla_libero.simulator.rendering import renderer_name; print(renderer_name())"
     try:
         ran = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=_GL_TIMEOUT_SECONDS, check=False

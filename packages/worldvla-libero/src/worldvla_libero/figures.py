@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from worldvla_libero.rendering import prepare_process
+from worldvla_libero.scratch import prepare_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +85,7 @@ def save_demo_figure(
     Raises:
         ValueError: no frame or no action.
     """
-    prepare_process()
+    prepare_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -139,7 +139,7 @@ def save_curves(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float]
     Raises:
         ValueError: no rows, or nothing in them but steps and times.
     """
-    prepare_process()
+    prepare_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -188,7 +188,7 @@ def save_strips(
     Raises:
         ValueError: no frames.
     """
-    prepare_process()
+    prepare_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

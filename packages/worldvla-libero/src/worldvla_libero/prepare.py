@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worldvla_libero.data_record import DATA_FOLDER, RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
-from worldvla_libero.episodes import (
-    Dropped,
+from worldvla_libero.conventions import ACTION_DIM
+from worldvla_libero.data.episodes import (
     Episode,
     EpisodeError,
     EpisodeKey,
@@ -32,14 +31,15 @@ from worldvla_libero.episodes import (
     split,
     spread,
 )
-from worldvla_libero.hdf5 import HDF5Source
-from worldvla_libero.hub_data import data_path
-from worldvla_libero.jobs import WORK_FOLDER, Executor, Job
-from worldvla_libero.lerobot import LeRobotSource, is_lerobot
-from worldvla_libero.replay import Replayer, ReplaySettings
-from worldvla_libero.report.data_page import Preview, data_page
-from worldvla_libero.shards import CARD_FILE, PAGE_FILE, TokenEpisode, read_episodes, write_episodes
-from worldvla_libero.simulator import ACTION_DIM
+from worldvla_libero.data.hdf5 import HDF5Source
+from worldvla_libero.data.hub import data_path
+from worldvla_libero.data.page import Preview, data_page
+from worldvla_libero.data.record import DATA_FOLDER, RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
+from worldvla_libero.data.shards import CARD_FILE, PAGE_FILE, TokenEpisode, read_episodes, write_episodes
+from worldvla_libero.demonstrations.replay import Replayer, ReplaySettings
+from worldvla_libero.jobs.job import Executor, Job
+from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
+from worldvla_libero.lerobot.reader import LeRobotSource, is_lerobot
 from worldvla_libero.versions import SIMULATOR, installed_versions
 from worldvla_tokenizers.files import write_text_atomic
 
@@ -256,7 +256,7 @@ def prepare(
     _warn_of_another_size(tokenize.tokenizer, settings.image_size)
     resolved = _resolved(plan, tokenize.tokenizer.vqgan.fingerprint, settings)
     items = {f"{number:06d}": key for number, key in enumerate(plan.keys)}
-    with Job[EpisodeKey, Episode](out, RECORD_FILE, resolved) as job:
+    with Job[EpisodeKey, Episode](out, RECORD_FILE, resolved, error=EpisodeError) as job:
         if job.ended:
             return DataRecord.read(out)
         if executor == "local" and (plan.replayed or workers > 1):

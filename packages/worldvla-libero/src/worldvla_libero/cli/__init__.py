@@ -1,0 +1,1 @@
+"""The command `worldvla`: a file for each group of commands, and `main`, which puts them together."""

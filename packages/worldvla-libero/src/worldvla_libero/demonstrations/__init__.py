@@ -1,0 +1,1 @@
+"""Where demonstrations come from: scripted experts, and replays of recorded ones, in the simulator."""

@@ -1,0 +1,1 @@
+"""The world model against recorded trajectories: clips of them, metrics, and the record."""

@@ -1,0 +1,1 @@
+"""Long work that survives kills: a folder with a manifest, local worker processes, Ray."""
