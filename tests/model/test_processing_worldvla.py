@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, TextIteratorStreamer, TextStreamer
 
-from worldvla_model import WorldVLAProcessor
+from worldvla_model import SettingsError, WorldVLAProcessor
 from worldvla_model.decoding import Decoder, continue_freely
 from worldvla_model.processing_worldvla import ProcessorSettings
 from worldvla_tokenizers import (
@@ -148,7 +148,7 @@ def test_bad_input(published, processor, tmp_path):
         processor.action_prompt([frame], "  ")
     with pytest.raises(SequenceError, match="1 images and 2 actions"):
         processor.world_prompt([frame], np.zeros((2, 7)))
-    with pytest.raises(ValueError, match=r"unknown settings colour; allowed: image_size"):
+    with pytest.raises(SettingsError, match=r"unknown settings colour; allowed: image_size"):
         WorldVLAProcessor.from_pretrained(published.tokenizer, colour="blue")
     with pytest.raises(PretrainedFilesError, match="tokenizer"):
         WorldVLAProcessor.from_pretrained(tmp_path)
@@ -162,12 +162,20 @@ def test_bad_input(published, processor, tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("image_size", 100), ("image_size", 0), ("history_length", 0), ("num_actions", 0), ("action_prompt", "Go!"),
-     ("labels", "all")],
+    [("image_size", 100), ("image_size", 0), ("image_size", 2**31), ("history_length", 0), ("num_actions", 0),
+     ("action_prompt", "Go!"), ("world_prompt", None), ("labels", "all")],
 )  # fmt: skip
 def test_bad_settings(setting, value):
-    with pytest.raises(ValueError, match=setting):
+    with pytest.raises(SettingsError, match=setting):
         ProcessorSettings(**{setting: value})
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"image_size": 256', '{"colour": "blue"}'])
+def test_settings_that_are_none_are_named(processor, tmp_path, damage):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(damage)
+    with pytest.raises(SettingsError, match=str(tmp_path)):
+        WorldVLAProcessor.from_pretrained(tmp_path)
 
 
 def test_one_scene_is_a_list_of_one(published, processor):

@@ -178,7 +178,7 @@ def test_crops_are_centred_unless_a_generator_is_passed():
     assert np.array_equal(first, same)
 
 
-@pytest.mark.parametrize("target", [0, 31, 48, -32, 64.0, True, "64"])
+@pytest.mark.parametrize("target", [0, 31, 48, -32, 2**31, 64.0, True, "64"])
 def test_targets_out_of_range(target):
     with pytest.raises(ImageError, match="multiple of 32"):
         crop_sizes(target)

@@ -28,7 +28,7 @@ from worldvla_model.modeling_worldvla import (
     WorldVLAForConditionalGeneration,
     WorldVLAModel,
 )
-from worldvla_model.processing_worldvla import WorldVLAProcessor
+from worldvla_model.processing_worldvla import SettingsError, WorldVLAProcessor
 
 AutoConfig.register("worldvla", WorldVLAConfig)
 # Published checkpoints say `chameleon`, a name that belongs to transformers' own model.
@@ -44,6 +44,7 @@ __all__ = [
     "DecodingError",
     "Sampling",
     "SequenceLengthError",
+    "SettingsError",
     "WorldVLA",
     "WorldVLAConfig",
     "WorldVLAForConditionalGeneration",

@@ -25,11 +25,15 @@ from worldvla_tokenizers.files import (
     write_text_atomic,
 )
 from worldvla_tokenizers.image import FOLDER_NAME as IMAGE_FOLDER_NAME
+from worldvla_tokenizers.image import LARGEST_SIZE, UNIT, ImageError, fit
 from worldvla_tokenizers.image import MODEL_SETTINGS_NAME as FILE_NAME
-from worldvla_tokenizers.image import ImageError, fit
 from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
 from worldvla_tokenizers.signatures import read_json
 from worldvla_tokenizers.vocabulary import TOKENIZER_NAMES
+
+
+class SettingsError(ValueError):
+    """Settings of a processor that are none, out of their range, or do not fit its tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class ProcessorSettings:
         labels: what is supervised, `published` or `paper`.
 
     Raises:
-        ValueError: a value out of its range.
+        SettingsError: a value of another type, or out of its range.
     """
 
     image_size: int = 256
@@ -62,21 +66,24 @@ class ProcessorSettings:
         for name in ("image_size", "history_length", "num_actions"):
             value = getattr(self, name)
             if type(value) is not int and not (value is None and name == "num_actions"):
-                raise ValueError(f"{name} is {value!r}; an int needed")
+                raise SettingsError(f"{name} is {value!r}; an int needed")
         for name in ("action_prompt", "world_prompt", "video_prompt"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; words needed")
-        if self.image_size < 32 or self.image_size % 32:
-            raise ValueError(f"image_size is {self.image_size} pixels; allowed: multiples of 32 from 32")
+                raise SettingsError(f"{name} is {getattr(self, name)!r}; words needed")
+        if not UNIT <= self.image_size <= LARGEST_SIZE or self.image_size % UNIT:
+            raise SettingsError(
+                f"image_size is {self.image_size} pixels; allowed: multiples of {UNIT} from {UNIT} to "
+                f"{LARGEST_SIZE}"
+            )
         if self.history_length < 1:
-            raise ValueError(f"history_length is {self.history_length} images; allowed: 1 and above")
+            raise SettingsError(f"history_length is {self.history_length} images; allowed: 1 and above")
         if self.num_actions is not None and self.num_actions < 1:
-            raise ValueError(f"num_actions is {self.num_actions}; allowed: 1 and above, or None")
+            raise SettingsError(f"num_actions is {self.num_actions}; allowed: 1 and above, or None")
         for name in ("action_prompt", "video_prompt"):
             if "{instruction}" not in getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it needs '{{instruction}}'")
+                raise SettingsError(f"{name} is {getattr(self, name)!r}; it needs '{{instruction}}'")
         if self.labels not in ("published", "paper"):
-            raise ValueError(f"labels is {self.labels!r}; allowed: 'published', 'paper'")
+            raise SettingsError(f"labels is {self.labels!r}; allowed: 'published', 'paper'")
 
 
 class WorldVLAProcessor:
@@ -101,8 +108,8 @@ class WorldVLAProcessor:
 
     Raises:
         ImageError: the image tokenizer's codes have no ids in the vocabulary.
-        ValueError: the image tokenizer is made for another size than the settings', or there are more action bins
-            than ids.
+        SettingsError: the image tokenizer is made for another size than the settings', or there are more action
+            bins than ids.
     """
 
     def __init__(
@@ -116,14 +123,14 @@ class WorldVLAProcessor:
         if images.image_size is None:
             images = images.with_image_size(settings.image_size)
         if images.image_size != settings.image_size:
-            raise ValueError(
+            raise SettingsError(
                 f"the image tokenizer is made for images of {images.image_size} px, the model for "
                 f"{settings.image_size} px; remedy: settings with image_size={images.image_size}, or the "
                 f"tokenizer's with_image_size({settings.image_size})"
             )
         ids = text.vocabulary.action_range
         if actions.bins > len(ids):
-            raise ValueError(
+            raise SettingsError(
                 f"the action tokenizer has {actions.bins} bins; the vocabulary has ids for {len(ids)} "
                 f"({ids[0]} … {ids[-1]})"
             )
@@ -464,7 +471,7 @@ class WorldVLAProcessor:
             VocabularyError: the text tokenizer has another layout.
             CheckpointError: the VQ-GAN cannot be used.
             ActionError: the bounds cannot be used.
-            ValueError: an option that is no setting, a setting out of its range, or parts that do not fit.
+            SettingsError: an option that is no setting, a setting out of its range, or parts that do not fit.
         """
         options.pop("_from_auto", None)
         options.pop("trust_remote_code", None)
@@ -477,11 +484,11 @@ class WorldVLAProcessor:
         settings: dict[str, Any] = {}
         actions = action_tokenizer or ActionTokenizer.published()
         if FILE_NAME in found:
-            settings = read_json(found[FILE_NAME], ValueError)
+            settings = read_json(found[FILE_NAME], SettingsError)
             settings.pop("processor_class", None)
             saved = ActionTokenizer.from_pretrained(source, **hub)
             if action_tokenizer is not None and action_tokenizer.dimensions != saved.dimensions:
-                raise ValueError(
+                raise SettingsError(
                     f"the action tokenizer has {action_tokenizer.dimensions} dimensions; {source} was trained "
                     f"with {saved.dimensions}"
                 )
@@ -489,11 +496,11 @@ class WorldVLAProcessor:
         unknown = sorted((settings | options).keys() - ProcessorSettings.__dataclass_fields__.keys())
         if unknown:
             allowed = ", ".join(ProcessorSettings.__dataclass_fields__)
-            raise ValueError(f"{source}: unknown settings {', '.join(unknown)}; allowed: {allowed}")
+            raise SettingsError(f"{source}: unknown settings {', '.join(unknown)}; allowed: {allowed}")
         try:
             chosen = ProcessorSettings(**(settings | options))
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+        except SettingsError as error:
+            raise SettingsError(f"{source}: {error}") from error
         return cls(
             text=TextTokenizer.from_pretrained(source, **hub),
             images=ImageTokenizer.from_pretrained(source, image_size=chosen.image_size, device=device, **hub),
@@ -596,4 +603,4 @@ def _name(block: sequence.Block) -> str:
     return f"{'a' if isinstance(block, sequence.TextBlock) else 'an'} {type(block).__name__}"
 
 
-__all__ = ["ProcessorSettings", "WorldVLAProcessor"]
+__all__ = ["ProcessorSettings", "SettingsError", "WorldVLAProcessor"]

@@ -32,6 +32,9 @@ UNIT = 32
 CODE = 16
 """Pixels of one code along each side in an image block."""
 
+LARGEST_SIZE = 8_192
+"""Pixels of the largest image size: a quarter of a million codes. Crops are listed by area, which has to end."""
+
 _MAX_ASPECT_RATIO = 4.0
 _WHITE = (255, 255, 255, 255)
 
@@ -268,20 +271,23 @@ def crop_sizes(target: int) -> tuple[tuple[int, int], ...]:
     """Sizes an image may be cropped to: about target² pixels, sides of whole units, aspect ratio up to 4.
 
     Args:
-        target: side of the square one [px], a multiple of 32.
+        target: side of the square one [px], a multiple of 32 up to `LARGEST_SIZE`.
 
     Returns:
         (width, height) in pixels, from widest to tallest.
 
     Raises:
-        ImageError: `target` is no positive multiple of 32.
+        ImageError: `target` is no positive multiple of 32, or above `LARGEST_SIZE`.
 
     Example:
         >>> crop_sizes(64)
         ((128, 32), (96, 32), (64, 32), (64, 64), (32, 64), (32, 96), (32, 128))
     """
-    if isinstance(target, bool) or not isinstance(target, int | np.integer) or target < UNIT or target % UNIT:
-        raise ImageError(f"target size is {target!r}; a positive multiple of {UNIT} px needed")
+    whole = isinstance(target, int | np.integer) and not isinstance(target, bool)
+    if not whole or not UNIT <= target <= LARGEST_SIZE or target % UNIT:
+        raise ImageError(
+            f"target size is {target!r}; a positive multiple of {UNIT} px up to {LARGEST_SIZE} needed"
+        )
     area = (int(target) // UNIT) ** 2
     sizes = []
     width, height = area, 1  # in units
@@ -413,6 +419,6 @@ def _saved_image_size(path: Path, *, required: bool) -> int | None:
             crop_sizes(image_size)
     except (ImageError, TypeError) as error:  # TypeError: a value that cannot be looked up in the cache
         raise ImageError(
-            f"{path}: image_size is {image_size!r}; a positive multiple of {UNIT} px needed"
+            f"{path}: image_size is {image_size!r}; a positive multiple of {UNIT} px up to {LARGEST_SIZE} needed"
         ) from error
     return image_size
