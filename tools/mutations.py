@@ -86,9 +86,12 @@ def _config(folder: Path) -> Read:
 
 def _weights(folder: Path) -> Read:
     import torch
+    import transformers
 
     from worldvla_model import WorldVLAConfig, WorldVLAForConditionalGeneration
 
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
     base = WorldVLAForConditionalGeneration.from_pretrained(CHECKPOINT).config.to_dict()
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

@@ -464,6 +464,23 @@ def test_checkpoint_that_does_not_fit(published, tmp_path, damage, message):
             AutoModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content.replace(b"{", b"?", 1), "invalid JSON"),
+        (lambda content: content[:-1], "incomplete"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "begin with b'version https://git-lfs"),
+        (lambda content: b"", "0 bytes"),
+    ],
+)
+def test_damaged_weights_are_named(published, tmp_path, damage, message):
+    shutil.copytree(published.checkpoint, tmp_path, dirs_exist_ok=True)
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(CheckpointError, match=rf"model-00002-of-00003\.safetensors is no whole .*{message}"):
+        WorldVLAForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_pickled_weights_are_not_read_unless_asked(small, tmp_path):
     small.config.save_pretrained(tmp_path)
     torch.save(small.state_dict(), tmp_path / "pytorch_model.bin")

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from safetensors import SafetensorError, safe_open
+
 # The default checkpoint of a folder, and others under a `variant` such as fp16, which live beside it.
 _WEIGHTS = re.compile(
     r"""(?:model|pytorch_model) (?:\.(?P<variant>.+?))? (?:-\d+-of-\d+)? \.(?:safetensors|bin)
@@ -87,6 +89,22 @@ def supersede(folder: Path, written: Iterable[str]) -> None:
     ]
     for path in sorted(stale, key=lambda path: ".index." not in path.name):
         path.unlink()
+
+
+def damaged_weights(folder: Path) -> str | None:
+    """Tell what is wrong with the first of a folder's safetensors files that cannot be opened; None if all can."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                continue
+        except (SafetensorError, OSError) as error:
+            with path.open("rb") as file:
+                head = file.read(40)  # shows a pointer of Git LFS, or a page of a server
+            return (
+                f"{path} is no whole safetensors file: {error} ({path.stat().st_size:,} bytes, which begin with "
+                f"{head!r}); remedy: fetch it again"
+            )
+    return None
 
 
 def _variant(name: str) -> str | None:

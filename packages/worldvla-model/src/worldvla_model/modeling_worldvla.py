@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import BitsAndBytesConfig, GenerationConfig, GenerationMixin, PreTrainedModel
@@ -33,7 +34,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from worldvla_model import masks
-from worldvla_model.checkpoint_files import replaced_checkpoint
+from worldvla_model.checkpoint_files import damaged_weights, replaced_checkpoint
 from worldvla_model.configuration_worldvla import WorldVLAConfig
 from worldvla_model.loss import SupervisedLosses, chunked_losses, combine, means, supervised_losses
 from worldvla_model.published import CheckpointError, check_tensors
@@ -113,8 +114,8 @@ class WorldVLAPreTrainedModel(PreTrainedModel):
         `load_in_4bit` or `load_in_8bit` for a `quantization_config` of bitsandbytes.
 
         Raises:
-            CheckpointError: the checkpoint is another model's, or tensors are missing, unexpected or of another
-                shape; all are listed.
+            CheckpointError: a file of weights is damaged or none of safetensors; the checkpoint is another
+                model's; or tensors are missing, unexpected or of another shape, and all are listed.
             ValueError: an argument is given under both names, with different values.
         """
         kwargs.setdefault("use_safetensors", True)
@@ -122,9 +123,14 @@ class WorldVLAPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         # Mismatches are collected rather than raised one by one, so that one error can list everything.
         kwargs["ignore_mismatched_sizes"] = True
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:  # it says what is wrong, but not with which file
+            told = damaged_weights(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""))
+            told = told or f"{pretrained_model_name_or_path}: weights that cannot be read ({error})"
+            raise CheckpointError(told) from error
         # A bare decoder may be read from a checkpoint with a head.
         unexpected = [k for k in info["unexpected_keys"] if k != "lm_head.weight" or hasattr(model, "lm_head")]
         check_tensors(
