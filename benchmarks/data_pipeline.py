@@ -37,10 +37,10 @@ from common import FIXTURES, print_machine, print_others, table, watching_others
 from PIL import Image
 
 from worldvla_libero.data.episodes import Episode, EpisodeKey
-from worldvla_libero.data.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.data.record import RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
 from worldvla_libero.data.samples import ActionSamples, SampleKind, SampleWriter, TokenSamples, WorldSamples
 from worldvla_libero.data.shards import TokenDataset, TokenEpisode, read_episodes, write_episodes
+from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
 from worldvla_libero.prepare import PART_SUFFIX, PrepareSettings, load_image_tokenizer, plan, prepare
 from worldvla_tokenizers import ActionTokenizer, TextTokenizer

@@ -37,8 +37,8 @@ from worldvla_libero.data.episodes import (
     Source,
     spread,
 )
-from worldvla_libero.data.hdf5 import HDF5Source
 from worldvla_libero.demonstrations.replay import ReplaySettings, replay
+from worldvla_libero.hdf5 import HDF5Source
 from worldvla_libero.jobs.parts import Dropped
 from worldvla_libero.simulator.rendering import renderer_name
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from worldvla_libero.data.hdf5 import HDF5Source
+from worldvla_libero.hdf5 import HDF5Source
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DRAFTS = ["undrafted", *(f"draft right for {share} %" for share in (0, 50, 80, 95))]

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from worldvla_libero.cli import main
+from worldvla_libero.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

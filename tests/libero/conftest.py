@@ -13,7 +13,7 @@ import pytest
 
 from worldvla_libero.data.record import RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
 from worldvla_libero.data.shards import TokenEpisode, write_episodes
-from worldvla_libero.evaluation.policies import AGENTVIEW, WRIST
+from worldvla_libero.evaluation.policy import AGENTVIEW, WRIST
 from worldvla_libero.simulator.simulator import Simulator
 from worldvla_libero.simulator.suites import load_suite
 from worldvla_tokenizers import ActionTokenizer

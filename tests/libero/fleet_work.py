@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from worldvla_libero.evaluation.episode_runner import Begin, EpisodeEnd, Fail, GoOn
-from worldvla_libero.evaluation.policies import Observation
+from worldvla_libero.evaluation.policy import Observation
 from worldvla_libero.jobs.job import StorageError
 
 

@@ -16,12 +16,12 @@ import torch
 from worldvla_libero import default_model_path
 from worldvla_libero.cli import main as cli
 from worldvla_libero.data.episodes import Episode
-from worldvla_libero.data.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.data.record import DataRecord
 from worldvla_libero.data.samples import ActionSamples, TokenSamples
 from worldvla_libero.data.shards import TokenDataset
 from worldvla_libero.demonstrations import collect as collecting
 from worldvla_libero.demonstrations import replay as replaying
+from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.jobs.job import Job
 from worldvla_libero.jobs.parts import Dropped
 from worldvla_libero.prepare import PrepareSettings, open_source, plan

@@ -12,10 +12,10 @@ import h5py
 import numpy as np
 import pytest
 
-from worldvla_libero.data.hdf5 import HDF5Source
 from worldvla_libero.demonstrations.collect import RECORD_FILE, Attempt, Demonstrator, collect
 from worldvla_libero.demonstrations.experts import NoExpertError
 from worldvla_libero.demonstrations.replay import Replayer, ReplaySettings
+from worldvla_libero.hdf5 import HDF5Source
 from worldvla_libero.jobs.job import JobError, StorageError
 from worldvla_libero.simulator.suites import load_suite
 

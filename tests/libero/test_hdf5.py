@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from worldvla_libero.conventions import proprioception, quaternion_to_axis_angle
 from worldvla_libero.data.episodes import Episode, EpisodeError, EpisodeKey, Reason
-from worldvla_libero.data.hdf5 import HDF5Source, merge_demonstrations, write_demonstrations
+from worldvla_libero.hdf5 import HDF5Source, merge_demonstrations, write_demonstrations
 from worldvla_libero.simulator.rendering import prepare_process
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "demos" / "libero_object"

@@ -21,8 +21,8 @@ import pytest
 from PIL import Image
 
 from worldvla_libero.data.episodes import EpisodeError, Reason, SourceError
-from worldvla_libero.data.hdf5 import FileInUseError, HDF5Source
-from worldvla_libero.data.hdf5_layouts import json_of, text_of
+from worldvla_libero.hdf5 import FileInUseError, HDF5Source
+from worldvla_libero.hdf5.layouts import json_of, text_of
 from worldvla_libero.prepare import PrepareError, PrepareSettings, plan
 
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from worldvla_libero.cli.main import main
 from worldvla_libero.data.hub import DataNotFoundError, data_name, data_path
 from worldvla_libero.data.shards import TokenDataset
 from worldvla_libero.evaluation.world.trajectories import Demonstrations, TokenTrajectories, open_trajectories
-from worldvla_libero.lerobot.reader import LeRobotSource
+from worldvla_libero.lerobot import LeRobotSource
 from worldvla_libero.prepare import open_source
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -13,7 +13,6 @@ from PIL import Image
 
 from worldvla_libero.cli import main as cli
 from worldvla_libero.data.episodes import Episode
-from worldvla_libero.data.hdf5 import write_demonstrations
 from worldvla_libero.data.record import RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
 from worldvla_libero.data.shards import TokenEpisode, write_episodes
 from worldvla_libero.evaluation import imagine as imagining
@@ -22,6 +21,7 @@ from worldvla_libero.evaluation.report import write_report
 from worldvla_libero.evaluation.world.backbones import Backbones
 from worldvla_libero.evaluation.world.metrics import frame_ssim, frechet_distance, psnr
 from worldvla_libero.evaluation.world.trajectories import open_trajectories
+from worldvla_libero.hdf5 import write_demonstrations
 from worldvla_libero.jobs.job import JobError
 from worldvla_model import WorldVLA
 from worldvla_tokenizers import ActionTokenizer

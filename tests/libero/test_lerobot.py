@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldvla_libero.data.episodes import Episode, EpisodeError, EpisodeKey, Reason, check_episode
-from worldvla_libero.lerobot.reader import DataSetExistsError, LeRobotSource, is_lerobot, write_lerobot
+from worldvla_libero.lerobot import DataSetExistsError, LeRobotSource, is_lerobot, write_lerobot
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "lerobot"
 MADE = runpy.run_path(str(FIXTURES / "make.py"))  # computes what went into the fixtures

@@ -9,16 +9,12 @@ import pytest
 from worldvla_libero.demonstrations.experts import ExpertStyle, NoExpertError
 from worldvla_libero.evaluation.closed_loop import evaluate
 from worldvla_libero.evaluation.policies import (
-    AGENTVIEW,
-    WRIST,
-    EpisodicPolicy,
     ExpertPolicy,
     ModelPolicy,
-    Needs,
-    Observation,
     RandomPolicy,
     open_policy,
 )
+from worldvla_libero.evaluation.policy import AGENTVIEW, WRIST, EpisodicPolicy, Needs, Observation
 from worldvla_libero.evaluation.rollout import PolicyError, rollout
 from worldvla_libero.simulator.protocols import OPENVLA
 from worldvla_libero.simulator.simulator import SimulatorError

@@ -29,12 +29,12 @@ from PIL import Image
 
 from worldvla_libero import prepare as preparation
 from worldvla_libero.data.episodes import Episode, EpisodeError, NoEpisodeLeftError, Reason, Source, split
-from worldvla_libero.data.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.data.page import Preview
 from worldvla_libero.data.record import ShardError
 from worldvla_libero.data.samples import ActionSamples, SampleWriter, TokenSamples, VideoSamples, WorldSamples
 from worldvla_libero.data.shards import TokenDataset
 from worldvla_libero.demonstrations.replay import Replayer, ReplaySettings
+from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.jobs import processes
 from worldvla_libero.jobs.job import JobError, StorageError
 from worldvla_libero.prepare import PrepareError, PrepareSettings, load_image_tokenizer, open_source, plan, prepare
@@ -582,7 +582,7 @@ def test_many_faults_in_one_data_set_are_reported_in_order_whoever_works(tmp_pat
 DEADLY = """
 import os, signal
 from dataclasses import dataclass
-from worldvla_libero.data.hdf5 import HDF5Source
+from worldvla_libero.hdf5 import HDF5Source
 
 @dataclass(frozen=True)
 class DeadlySource(HDF5Source):

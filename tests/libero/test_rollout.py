@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from worldvla_libero.evaluation.policies import WRIST, Observation
+from worldvla_libero.evaluation.policy import WRIST, Observation
 from worldvla_libero.evaluation.rollout import PolicyError, rollout
 from worldvla_libero.simulator.protocols import OPENVLA
 from worldvla_libero.simulator.simulator import InvalidActionError, Simulator, StepResult

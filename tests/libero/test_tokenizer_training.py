@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from worldvla_libero.data.episodes import Episode, EpisodeError, split
-from worldvla_libero.data.hdf5 import write_demonstrations
+from worldvla_libero.hdf5 import write_demonstrations
 from worldvla_libero.prepare import open_source
 from worldvla_libero.training import run_log, tokenizer_training
 from worldvla_libero.training.run_log import read_lines

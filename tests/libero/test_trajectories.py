@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from worldvla_libero.data.episodes import Episode, EpisodeError, split
-from worldvla_libero.data.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.data.shards import ShardError
 from worldvla_libero.evaluation.world.clips import ClipError, ClipKey
 from worldvla_libero.evaluation.world.trajectories import Demonstrations, TokenTrajectories, open_trajectories
+from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RAW, SO101 = FIXTURES / "demos" / "libero_object", FIXTURES / "lerobot" / "so101"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from websockets.sync.server import serve
 
-from worldvla_libero.evaluation.policies import Needs, Observation
+from worldvla_libero.evaluation.policy import Needs, Observation
 from worldvla_libero.evaluation.rollout import rollout
 from worldvla_libero.evaluation.websocket_policy import PolicyServerError, WebsocketPolicy, pack, unpack
 

@@ -23,6 +23,22 @@ def test_bit_equal_to_the_published_masks(published, version):
         np.testing.assert_array_equal(mask, expected, err_msg=f"sequence {number}")
 
 
+@pytest.mark.parametrize("strategy", masks.STRATEGIES.values(), ids=masks.STRATEGIES)
+def test_what_the_docstrings_draw_is_true(strategy):
+    rows = [line.split() for line in strategy.__doc__.splitlines() if set(line.split()[1:]) <= {"1", "."}]
+    drawn = {name: cells for name, *cells in filter(None, rows)}
+    image, action = [V.boi, 50, V.eoi], [V.boa, 10_100, V.eoa]
+    blocks = {"w": [20_000] * 3, "I": image, "a": action, "b": action, "J": image, "c": action, "d": action}
+    assert list(drawn) == list(blocks)
+    ids = [token for block in blocks.values() for token in block]
+    mask = masks.dense(strategy, torch.tensor([ids]), V)[0]
+    for n, cells in enumerate(drawn.values()):
+        for k, cell in enumerate(cells):
+            block = mask[3 * n : 3 * n + 3, 3 * k : 3 * k + 3]
+            expected = torch.ones(3, 3).tril() if n == k else torch.full((3, 3), int(cell == "1"))
+            assert torch.equal(block, expected.bool()), (n, k)
+
+
 def slow_blocks(ids, begin, end):
     """(start, stop) of each block, both inclusive: SPEC §6 read aloud."""
     starts = [i for i, token in enumerate(ids) if token == begin]

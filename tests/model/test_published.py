@@ -9,7 +9,7 @@ from transformers import AutoModel, LlamaConfig
 
 from worldvla_model import CheckpointError, WorldVLA, WorldVLAConfig, WorldVLAForConditionalGeneration
 from worldvla_model import published as layout
-from worldvla_model.published import PublishedFormatError
+from worldvla_model.configuration_published import PublishedFormatError
 
 
 def tensors(folder):

@@ -6,7 +6,6 @@ Importing this package needs neither torch nor the simulator; both are loaded wh
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldvla_libero.data.episodes import (
@@ -16,17 +15,15 @@ from worldvla_libero.data.episodes import (
     Reason,
     Source,
 )
+from worldvla_libero.embedded import default_model_path, sample_data_path
 from worldvla_libero.evaluation.closed_loop import EvaluationError, evaluate
 from worldvla_libero.evaluation.policies import (
-    EpisodicPolicy,
     ExpertPolicy,
     ModelPolicy,
-    Needs,
-    Observation,
-    Policy,
     RandomPolicy,
     open_policy,
 )
+from worldvla_libero.evaluation.policy import EpisodicPolicy, Needs, Observation, Policy
 from worldvla_libero.evaluation.records import EpisodeRecord, EvaluationResult, SuccessRate
 from worldvla_libero.evaluation.rollout import PolicyError, Rollout, rollout
 from worldvla_libero.jobs.parts import Dropped
@@ -39,16 +36,16 @@ from worldvla_libero.simulator.suites import SUITES, Suite, Task, UnknownNameErr
 from worldvla_libero.video import VideoWriter
 
 if TYPE_CHECKING:
-    from worldvla_libero.data.hdf5 import HDF5Source, write_demonstrations
     from worldvla_libero.data.samples import ActionSamples, TokenSamples, VideoSamples, WorldSamples
     from worldvla_libero.data.shards import ShardError, TokenDataset, TokenEpisode
     from worldvla_libero.evaluation.websocket_policy import PolicyServerError, WebsocketPolicy
+    from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
     from worldvla_libero.lerobot import LeRobotSource, write_lerobot
 
 # Those whose modules take long to import are imported when they are first asked for.
 _LAZY = {
-    "HDF5Source": "data.hdf5",
-    "write_demonstrations": "data.hdf5",
+    "HDF5Source": "hdf5",
+    "write_demonstrations": "hdf5",
     "LeRobotSource": "lerobot",
     "write_lerobot": "lerobot",
     "ActionSamples": "data.samples",
@@ -121,16 +118,6 @@ __all__ = [
     "write_demonstrations",
     "write_lerobot",
 ]
-
-
-def default_model_path() -> Path:
-    """The folder of the model that comes with this package: weights, tokenizers and model card."""
-    return Path(__file__).parent / "default_model"
-
-
-def sample_data_path() -> Path:
-    """A few demonstrations as token shards, made with the image tokenizer of the default model."""
-    return Path(__file__).parent / "sample_data"
 
 
 def __getattr__(name: str) -> Any:

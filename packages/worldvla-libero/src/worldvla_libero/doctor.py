@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from worldvla_libero import default_model_path
+from worldvla_libero.embedded import default_model_path
 from worldvla_libero.simulator.libero_files import (
     LiberoNotInstalledError,
     MissingFilesError,

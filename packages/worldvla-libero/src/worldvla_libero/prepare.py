@@ -31,15 +31,15 @@ from worldvla_libero.data.episodes import (
     split,
     spread,
 )
-from worldvla_libero.data.hdf5 import HDF5Source
 from worldvla_libero.data.hub import data_path
 from worldvla_libero.data.page import Preview, data_page
 from worldvla_libero.data.record import DATA_FOLDER, RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
 from worldvla_libero.data.shards import CARD_FILE, PAGE_FILE, TokenEpisode, read_episodes, write_episodes
 from worldvla_libero.demonstrations.replay import Replayer, ReplaySettings
+from worldvla_libero.hdf5 import HDF5Source
 from worldvla_libero.jobs.job import Executor, Job
 from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
-from worldvla_libero.lerobot.reader import LeRobotSource, is_lerobot
+from worldvla_libero.lerobot import LeRobotSource, is_lerobot
 from worldvla_libero.versions import SIMULATOR, installed_versions
 from worldvla_tokenizers.files import write_text_atomic
 

@@ -10,12 +10,47 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not the model's: of another family, or with tensors that are not those of the model."""
+
+
+def check_tensors(
+    complaint: str,
+    *,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    """Raise one error that lists everything wrong with the tensors of a checkpoint, if anything is.
+
+    Args:
+        complaint: how the message begins.
+        missing: names that the model needs.
+        unexpected: names that it does not have.
+        shapes: for each name of another shape the one found and the one needed.
+
+    Raises:
+        CheckpointError: any of the three is not empty.
+    """
+    wrong = {
+        "missing": sorted(missing),
+        "unexpected": sorted(unexpected),
+        "of another shape": [
+            f"{name} {found}, {needed} needed" for name, (found, needed) in sorted(shapes.items())
+        ],
+    }
+    if any(wrong.values()):
+        listed = "; ".join(f"{len(names)} {how}: {', '.join(names)}" for how, names in wrong.items() if names)
+        raise CheckpointError(f"{complaint}: {listed}")
+
 
 # The default checkpoint of a folder, and others under a `variant` such as fp16, which live beside it.
 _WEIGHTS = re.compile(

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 from transformers import ChameleonConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from worldvla_model.configuration_published import check_family, config_from_published, is_published
 from worldvla_model.loss import LossRule
 from worldvla_model.masks import STRATEGIES
-from worldvla_model.published import check_family, config_from_published, is_published
 
 _SIZES = (
     "vocab_size",

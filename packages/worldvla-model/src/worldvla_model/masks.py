@@ -86,7 +86,21 @@ MaskFunction: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def causal(query: Positions, key: Positions) -> Tensor:
-    """Everything up to the position itself: the paper's Fig. 3a (actions) and 3c (world model)."""
+    """Everything up to the position itself: the paper's Fig. 3a (actions) and 3c (world model).
+
+    Of words w, images I and J, and actions a, b, c and d, rows may look at columns:
+
+          w I a b J c d
+        w 1
+        I 1 1
+        a 1 1 1
+        b 1 1 1 1
+        J 1 1 1 1 1
+        c 1 1 1 1 1 1
+        d 1 1 1 1 1 1 1
+
+    Within a block, here and below, a token looks at those before it and at itself.
+    """
     return key.position <= query.position
 
 
@@ -94,12 +108,31 @@ def action_isolated(query: Positions, key: Positions) -> Tensor:
     """Causal, but an action block after the last image sees no earlier action block: the paper's Fig. 3b.
 
     Released models are trained and run with it (published `generate_att_mask_3`).
+
+          w I a b J c d
+        w 1
+        I 1 1
+        a 1 1 1
+        b 1 1 1 1
+        J 1 1 1 1 1
+        c 1 1 . . 1 1
+        d 1 1 . . 1 . 1
     """
     return causal(query, key) & ~(query.trailing & _earlier_action(query, key))
 
 
 def action_isolated_everywhere(query: Positions, key: Positions) -> Tensor:
-    """Causal, but no action block sees any earlier action block (published `generate_att_mask`)."""
+    """Causal, but no action block sees any earlier action block (published `generate_att_mask`).
+
+      w I a b J c d
+    w 1
+    I 1 1
+    a 1 1 1
+    b 1 1 . 1
+    J 1 1 1 1 1
+    c 1 1 . . 1 1
+    d 1 1 . . 1 . 1
+    """
     return causal(query, key) & ~((query.action >= 0) & _earlier_action(query, key))
 
 
@@ -107,6 +140,15 @@ def first_image_only(query: Positions, key: Positions) -> Tensor:
     """Causal, but an action block sees neither earlier actions nor any image but the first.
 
     Published as `generate_att_mask_2`.
+
+          w I a b J c d
+        w 1
+        I 1 1
+        a 1 1 1
+        b 1 1 . 1
+        J 1 1 1 1 1
+        c 1 1 . . . 1
+        d 1 1 . . . . 1
     """
     return action_isolated_everywhere(query, key) & ~((query.action >= 0) & (key.image > 0))
 

@@ -34,10 +34,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from worldvla_model import masks
-from worldvla_model.checkpoint_files import damaged_weights, replaced_checkpoint
+from worldvla_model.checkpoint_files import CheckpointError, check_tensors, damaged_weights, replaced_checkpoint
 from worldvla_model.configuration_worldvla import WorldVLAConfig
 from worldvla_model.loss import SupervisedLosses, chunked_losses, combine, means, supervised_losses
-from worldvla_model.published import CheckpointError, check_tensors
 
 NEVER_WRITTEN = 2
 """`</s>`, which the generation settings of published checkpoints wait for in vain."""

@@ -203,10 +203,10 @@ def prepare(
 
     from rich.table import Table
 
-    from worldvla_libero import default_model_path
     from worldvla_libero.data.record import DATA_FOLDER, RECORD_FILE
     from worldvla_libero.data.shards import PAGE_FILE
     from worldvla_libero.demonstrations.replay import ReplaySettings
+    from worldvla_libero.embedded import default_model_path
     from worldvla_libero.jobs.parts import WORK_FOLDER
     from worldvla_libero.prepare import PrepareSettings, load_image_tokenizer, open_source, plan
     from worldvla_libero.prepare import prepare as run_prepare

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from worldvla_libero import default_model_path
+from worldvla_libero.embedded import default_model_path
 
 if TYPE_CHECKING:
     from worldvla_model import WorldVLA

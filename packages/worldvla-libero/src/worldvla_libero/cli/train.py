@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from worldvla_libero import default_model_path, sample_data_path
+from worldvla_libero.embedded import default_model_path, sample_data_path
 from worldvla_libero.training.recipes import (
     RECIPES,
     SMOKE,

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from worldvla_libero.data.episodes import Episode, EpisodeError, Reason
-from worldvla_libero.data.hdf5 import merge_demonstrations, write_demonstrations
 from worldvla_libero.demonstrations.experts import NoExpertError, demonstrate, has_expert
+from worldvla_libero.hdf5 import merge_demonstrations, write_demonstrations
 from worldvla_libero.jobs.job import Job
 from worldvla_libero.jobs.parts import Dropped
 from worldvla_libero.simulator.simulator import Simulator

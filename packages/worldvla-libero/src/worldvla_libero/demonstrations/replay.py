@@ -27,10 +27,10 @@ from worldvla_libero.data.episodes import (
     digest,
     moving,
 )
-from worldvla_libero.data.hdf5 import HDF5Source, merge_demonstrations, write_demonstrations
+from worldvla_libero.hdf5 import HDF5Source, merge_demonstrations, write_demonstrations
 from worldvla_libero.jobs.job import Executor, Job
 from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
-from worldvla_libero.lerobot.reader import write_lerobot
+from worldvla_libero.lerobot import write_lerobot
 from worldvla_libero.simulator.libero_files import InitialStateError
 from worldvla_libero.simulator.protocols import OPENVLA
 from worldvla_libero.simulator.simulator import Simulator

@@ -12,7 +12,7 @@ from typing import Any
 
 from worldvla_libero.evaluation.episode_runner import EpisodeFault, EpisodePlan, EpisodeRunner
 from worldvla_libero.evaluation.fleet import run_episodes
-from worldvla_libero.evaluation.policies import EpisodicPolicy, Needs, Policy
+from worldvla_libero.evaluation.policy import EpisodicPolicy, Needs, Policy
 from worldvla_libero.evaluation.records import RESULTS_FILE, EpisodeLog, EpisodeRecord, EvaluationResult
 from worldvla_libero.evaluation.run_files import RunError
 from worldvla_libero.jobs.job import Executor, Job

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from worldvla_libero.evaluation.policies import Needs, Observation, Policy
+from worldvla_libero.evaluation.policy import Needs, Observation, Policy
 from worldvla_libero.evaluation.rollout import PolicyError, drive, play
 from worldvla_libero.figures import save_image
 from worldvla_libero.jobs.job import storing

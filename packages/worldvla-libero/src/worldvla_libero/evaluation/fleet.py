@@ -24,7 +24,7 @@ from worldvla_libero.evaluation.episode_runner import (
     GoOn,
     Message,
 )
-from worldvla_libero.evaluation.policies import Observation, Policy
+from worldvla_libero.evaluation.policy import Observation, Policy
 from worldvla_libero.jobs.job import StorageError
 from worldvla_libero.jobs.pools import Pool, Seat
 from worldvla_libero.jobs.processes import WorkerKilledError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from worldvla_libero.evaluation.policies import WRIST, EpisodicPolicy, Needs, Observation, Policy
+from worldvla_libero.evaluation.policy import WRIST, EpisodicPolicy, Needs, Observation, Policy
 from worldvla_libero.simulator.settling import Motion
 from worldvla_libero.simulator.simulator import Frame, Simulator, SimulatorError, StepResult, check_actions
 from worldvla_libero.simulator.suites import Task

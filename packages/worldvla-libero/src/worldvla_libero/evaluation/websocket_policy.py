@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from worldvla_libero.evaluation.policies import AGENTVIEW, WRIST, Observation
+from worldvla_libero.evaluation.policy import AGENTVIEW, WRIST, Observation
 from worldvla_libero.simulator.simulator import Frame
 
 if TYPE_CHECKING:

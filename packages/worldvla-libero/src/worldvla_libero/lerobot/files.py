@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from worldvla_libero.data.episodes import EpisodeError, Reason
-from worldvla_libero.lerobot.writer import INFO_FILE, TASKS_FILE
+from worldvla_libero.lerobot.layout import INFO_FILE, TASKS_FILE
 from worldvla_tokenizers.signatures import Kind, misnamed
 
 # `{file_index}` or `{file_index:03d}`. Not `str.format`: that follows attributes and makes strings of any width.

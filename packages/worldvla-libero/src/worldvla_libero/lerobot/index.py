@@ -29,12 +29,11 @@ from worldvla_libero.lerobot.files import (
     whole_numbers,
     words,
 )
-from worldvla_libero.lerobot.writer import DATA_PATH, INFO_FILE
+from worldvla_libero.lerobot.layout import DATA_PATH, FILES_PER_CHUNK, INFO_FILE
 
 INDEX_FOLDER = "meta/episodes"
 # As lerobot writes it, flat, in one file, and as version 2 called it.
 _INDEX_PATTERNS = (f"{INDEX_FOLDER}/**/*.parquet", f"{INDEX_FOLDER}.parquet", f"{INDEX_FOLDER}.jsonl")
-_FILES_PER_CHUNK = 1000
 _NO_TASK = -1  # what some writers put where no task is meant, others leaving it empty
 
 
@@ -173,7 +172,7 @@ def numbering(number: int, info: Mapping[str, Any]) -> dict[str, int | str]:
     """Values of path templates that follow from an episode's number, as in version 2."""
     return {
         "episode_index": number,
-        "episode_chunk": number // (whole(info.get("chunks_size")) or _FILES_PER_CHUNK),
+        "episode_chunk": number // (whole(info.get("chunks_size")) or FILES_PER_CHUNK),
     }
 
 

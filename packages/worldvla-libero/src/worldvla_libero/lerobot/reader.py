@@ -32,10 +32,8 @@ from worldvla_libero.data.hub import data_name
 from worldvla_libero.jobs.parts import Dropped
 from worldvla_libero.lerobot.files import require, whole
 from worldvla_libero.lerobot.index import EpisodeIndex, episode_id, read_rows
+from worldvla_libero.lerobot.layout import ACTION_KEY, INFO_FILE, STATE_KEY
 from worldvla_libero.lerobot.videos import Videos
-from worldvla_libero.lerobot.writer import ACTION_KEY, INFO_FILE, STATE_KEY, DataSetExistsError, write_lerobot
-
-__all__ = ["CAMERA_PAIRS", "DataSetExistsError", "LeRobotSource", "is_lerobot", "write_lerobot"]
 
 # LeRobot's names, then openpi's.
 ACTION_KEYS = (ACTION_KEY, "actions")

@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 from worldvla_libero.data.episodes import EpisodeError, Frames, Reason
 from worldvla_libero.lerobot.files import Template, misnamed_note
 from worldvla_libero.lerobot.index import INDEX_FOLDER, episode_id, file_indices, numbering
-from worldvla_libero.lerobot.writer import VIDEO_PATH
+from worldvla_libero.lerobot.layout import VIDEO_PATH
 
 
 class Span(NamedTuple):

@@ -19,20 +19,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from worldvla_libero.data.episodes import Episode, EpisodeError, Frames, Reason, check_episode
+from worldvla_libero.lerobot.layout import (
+    ACTION_KEY,
+    CAMERA_KEYS,
+    DATA_PATH,
+    EPISODES_PATH,
+    FILES_PER_CHUNK,
+    INFO_FILE,
+    STATE_KEY,
+    STATS_FILE,
+    TASKS_FILE,
+    VIDEO_PATH,
+)
 from worldvla_tokenizers.files import staged_folder, write_text_atomic
 
-INFO_FILE = "meta/info.json"
-STATS_FILE = "meta/stats.json"
-TASKS_FILE = "meta/tasks.parquet"
-EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-
-ACTION_KEY = "action"
-STATE_KEY = "observation.state"
-CAMERA_KEYS = {"agentview": "observation.images.image", "robot0_eye_in_hand": "observation.images.image2"}
-
-_FILES_PER_CHUNK = 1000
 _ROW_TYPES = {
     "timestamp": "float32",
     "frame_index": "int64",
@@ -195,7 +195,7 @@ class _DataSet:
             "total_episodes": self.length,
             "total_frames": self.steps,
             "total_tasks": len(self._tasks),
-            "chunks_size": _FILES_PER_CHUNK,
+            "chunks_size": FILES_PER_CHUNK,
             "data_files_size_in_mb": self.max_file_mb,
             "video_files_size_in_mb": self.max_file_mb,
             "fps": self.fps,
@@ -361,7 +361,7 @@ class _Videos:
 
 
 def _place(number: int) -> dict[str, int]:
-    return {"chunk_index": number // _FILES_PER_CHUNK, "file_index": number % _FILES_PER_CHUNK}
+    return {"chunk_index": number // FILES_PER_CHUNK, "file_index": number % FILES_PER_CHUNK}
 
 
 def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from worldvla_libero.data.episodes import (
     digest,
     split,
 )
-from worldvla_libero.data.hdf5 import SUFFIXES
 from worldvla_libero.data.hub import data_path
 from worldvla_libero.data.record import RECORD_FILE
 from worldvla_libero.data.shards import TokenDataset
 from worldvla_libero.evaluation.world.clips import Clip, ClipError, ClipKey
+from worldvla_libero.hdf5 import SUFFIXES
 from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
-from worldvla_libero.lerobot.reader import is_lerobot
+from worldvla_libero.lerobot import is_lerobot
 
 if TYPE_CHECKING:
     from worldvla_model import WorldVLAProcessor

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldvla_libero.data.episodes import Episode, EpisodeError, Reason
-from worldvla_libero.data.hdf5_layouts import LIBERO_CAMERAS, natural, opened
+from worldvla_libero.hdf5.layouts import LIBERO_CAMERAS, natural, opened
 
 
 def write_demonstrations(path: str | os.PathLike[str], episodes: Iterable[Episode]) -> int:

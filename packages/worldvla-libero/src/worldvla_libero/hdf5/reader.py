@@ -2,7 +2,7 @@
 
 Two kinds of file are in use. LIBERO's own (and ours, from `worldvla collect`) name their scene in the attribute
 `bddl_file_name` and are meant to be replayed; what frames they hold are small and include pauses. Files that were
-replayed already, as OpenVLA's users have them, name none. What is inside them is the affair of `hdf5_layouts`.
+replayed already, as OpenVLA's users have them, name none. What is inside them is the affair of `layouts`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from worldvla_libero.data.episodes import (
     Reason,
     SourceError,
 )
-from worldvla_libero.data.hdf5_layouts import (
+from worldvla_libero.data.hub import data_name
+from worldvla_libero.hdf5.layouts import (
     FileInUseError,
     cameras_of,
     frames_of,
@@ -40,18 +41,7 @@ from worldvla_libero.data.hdf5_layouts import (
     unread_images_of,
     words_of,
 )
-from worldvla_libero.data.hdf5_writer import merge_demonstrations, write_demonstrations
-from worldvla_libero.data.hub import data_name
 from worldvla_libero.jobs.parts import Dropped
-
-__all__ = [
-    "CONTROL_HZ",
-    "SUFFIXES",
-    "FileInUseError",
-    "HDF5Source",
-    "merge_demonstrations",
-    "write_demonstrations",
-]
 
 CONTROL_HZ = 20.0  # LIBERO's; its files do not say
 SUFFIXES = (".hdf5", ".h5")
