@@ -155,9 +155,9 @@ def test_prepare_tells_what_it_will_do_and_what_it_did(source, tiny, tmp_path, c
     assert cli.main(arguments) == cli.EXIT_OK
     printed = capsys.readouterr().out
     name = Path(source).name
-    said = f"6 episodes, 360 steps of {name}, camera agentview, tokenized at 32 px: about 0.0 MB of shards, 0.2 MB"
+    said = f"6 episodes, 360 steps of {name}, camera agentview, tokenized at 32 px: about 23.0 kB of shards, "
     assert printed.startswith(said)
-    assert "MB on the way, " in printed.splitlines()[0] or "GB free" in printed.splitlines()[0]
+    assert "166.1 kB on the way, " in printed.splitlines()[0]
     assert f"{name} in worldvla-data" in printed
     assert rows(printed) == [["split", "episodes", "steps"], ["train", "5", "300"], ["validation", "1", "60"]]
     assert "6/6" in printed
@@ -266,8 +266,8 @@ def test_prepare_does_not_begin_what_the_disk_cannot_hold(source, tiny, tmp_path
     disk(monkeypatch, 100_000)
     assert cli.main(arguments) == cli.EXIT_FAILED
     printed = capsys.readouterr()
-    assert "0.2 MB on the way, 0.1 MB free" in printed.out
-    assert "OSError: o: about 0.2 MB needed, 0.1 MB free" in printed.err
+    assert " kB on the way, 100.0 kB free" in printed.out
+    assert " kB needed, 100.0 kB free" in printed.err
     assert not (tmp_path / "o").exists()
     # what an interrupted run has done needs no more room
     end = Job.end
@@ -281,7 +281,7 @@ def test_prepare_does_not_begin_what_the_disk_cannot_hold(source, tiny, tmp_path
     )
     disk(monkeypatch, needed - parts)
     assert cli.main(arguments) == cli.EXIT_OK
-    assert " MB done" in capsys.readouterr().out
+    assert " kB done" in capsys.readouterr().out
     # and what is complete, none
     disk(monkeypatch, 0)
     assert cli.main(arguments) == cli.EXIT_OK

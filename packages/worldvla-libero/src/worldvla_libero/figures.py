@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from worldvla_libero.scratch import prepare_matplotlib
+from worldvla_tokenizers.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -257,23 +256,11 @@ def _plot_actions(panel: Axes, values: NDArray[np.float64], control_hz: int) -> 
 
 def save_image(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> None:
     """Write an (H, W, 3) uint8 image as a PNG, whole or not at all; folders that lead to it are made."""
-    with _whole(Path(path)) as draft:
+    with atomic_path(path) as draft:
         Image.fromarray(image).save(draft, format="PNG")
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as a PNG, whole or not at all; folders that lead to it are made."""
-    with _whole(path) as draft:
+    with atomic_path(path) as draft:
         figure.savefig(draft, format="png")
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{uuid4().hex}.{path.name}")
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

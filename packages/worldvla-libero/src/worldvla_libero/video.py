@@ -1,8 +1,9 @@
-"""Videos of frames, written as they come."""
+"""H.264 videos of frames, written as they come."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -41,8 +42,7 @@ class VideoWriter:
         self.fps = Fraction(fps).limit_denominator(1000)
         self._draft = self.path.with_name(f".{uuid4().hex}.{self.path.name}")
         self._shape: tuple[int, ...] | None = None
-        self._container: Any = None
-        self._stream: Any = None
+        self._encoder: H264Encoder | None = None
 
     def write(self, frame: NDArray[np.uint8]) -> None:
         """Append a frame.
@@ -54,18 +54,18 @@ class VideoWriter:
             FrameError: another type or shape.
             OSError: it cannot be written.
         """
-        import av
-
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
             raise FrameError(f"frame has shape {frame.shape} and type {frame.dtype}; (H, W, 3) uint8 needed")
-        if self._shape is None:
-            self._open(frame.shape)
+        if self._encoder is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._shape = frame.shape
+            height, width = (n + n % 2 for n in frame.shape[:2])
+            self._encoder = H264Encoder(self._draft, self.fps, height, width, {"crf": "18"})
         if frame.shape != self._shape:
             raise FrameError(f"frame has shape {frame.shape}; the video has {self._shape}")
         # yuv420p halves the colour planes, so that odd sizes need one more row or column.
         even = np.pad(frame, [(0, n % 2) for n in frame.shape[:2]] + [(0, 0)], mode="edge")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-        self._container.mux(self._stream.encode(picture))
+        self._encoder.write(even)
 
     def __enter__(self) -> Self:
         return self
@@ -73,23 +73,71 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._container is None:
+        if self._encoder is None:
             return
         try:
-            if kind is None:
-                self._container.mux(self._stream.encode(None))
-            self._container.close()
+            self._encoder.close(finish=kind is None)
             if kind is None:
                 os.replace(self._draft, self.path)
         finally:
             self._draft.unlink(missing_ok=True)
 
-    def _open(self, shape: tuple[int, ...]) -> None:
+
+class H264Encoder:
+    """An open MP4 that frames are appended to: yuv420p, playable while the rest is still on its way.
+
+    Args:
+        path: of the file, in a folder that exists.
+        fps: frames per second.
+        height: of the frames [px], even.
+        width: of the frames [px], even.
+        options: of x264.
+        threads: that encode; None for the encoder's own choice.
+
+    Attributes:
+        frames: that were written.
+        bytes: of all packets so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fps: Fraction | int,
+        height: int,
+        width: int,
+        options: Mapping[str, str],
+        *,
+        threads: int | None = None,
+    ) -> None:
         import av
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(self._draft), "w", options={"movflags": "faststart"})
-        self._stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": "18"})
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.height, self._stream.width = (n + n % 2 for n in shape[:2])
-        self._shape = shape
+        self.frames = self.bytes = 0
+        self._container = av.open(str(path), "w", options={"movflags": "faststart"})
+        stream: Any = self._container.add_stream("libx264", rate=fps, options=dict(options))
+        stream.pix_fmt = "yuv420p"
+        stream.height, stream.width = height, width
+        if threads is not None:
+            stream.codec_context.thread_count = threads
+        self._stream = stream
+
+    def write(self, frame: NDArray[np.uint8]) -> None:
+        """Append an (H, W, 3) uint8 frame."""
+        import av
+
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        picture.pts = self.frames
+        self._mux(picture)
+        self.frames += 1
+
+    def close(self, *, finish: bool = True) -> None:
+        """Close the file; without `finish` what the encoder still holds is given up."""
+        try:
+            if finish:
+                self._mux(None)
+        finally:
+            self._container.close()
+
+    def _mux(self, picture: Any) -> None:
+        packets = self._stream.encode(picture)
+        self.bytes += sum(packet.size for packet in packets)
+        self._container.mux(packets)

@@ -145,20 +145,27 @@ def resolve_files(
     return found
 
 
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 file whole or not at all; folders that lead to it are made.
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its name once the block has ended without an error.
 
-    Readers see the old content or the new one, never a half: the text goes to a file beside it, which then
-    takes its name.
+    Readers see the old content or the new one, never a half. Folders that lead to it are made; the draft's name
+    has the suffix of the path, by which many writers tell what to write.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid4().hex}")
+    draft = path.with_name(f".{uuid4().hex}.{path.name}")
     try:
-        draft.write_text(text, encoding="utf-8", newline="\n")
+        yield draft
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file whole or not at all, see `atomic_path`."""
+    with atomic_path(path) as draft:
+        draft.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from worldvla_tokenizers.files import atomic_path
 from worldvla_tokenizers.vqgan import VQGAN, nearest_codes
 
 LPIPSNetwork = Literal["vgg", "alex", "squeeze"]
@@ -340,16 +340,10 @@ class VQGANTrainer:
             "optimizer": self._optimizer.state_dict(),
             "discriminator_optimizer": self._judge_optimizer.state_dict(),
         }
-        path = Path(path)
-        draft = path.with_name(f".{path.name}.{uuid4().hex}")
-        try:
-            with draft.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with atomic_path(path) as draft, draft.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Go on from a file that `save` wrote.

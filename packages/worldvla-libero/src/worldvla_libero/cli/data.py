@@ -201,6 +201,7 @@ def prepare(
     """
     import shutil
 
+    from rich.filesize import decimal
     from rich.table import Table
 
     from worldvla_libero.data.record import DATA_FOLDER, RECORD_FILE
@@ -238,14 +239,14 @@ def prepare(
     console.print(
         f"{len(planned.keys):,} episodes, {planned.steps:,} steps of {demonstrations.name}, "
         f"camera {planned.camera}, {rendered}tokenized at {size} px: "
-        f"about {_megabytes(planned.bytes_final)} of shards, {_megabytes(planned.bytes_peak)} on the way, "
-        f"{_megabytes(free)} free" + (f" and {_megabytes(done)} done" if done else ""),
+        f"about {decimal(planned.bytes_final)} of shards, {decimal(planned.bytes_peak)} on the way, "
+        f"{decimal(free)} free" + (f" and {decimal(done)} done" if done else ""),
         highlight=False,
         markup=False,
     )
     _print_notes(console, planned.notes)
     if planned.bytes_peak > free + done and not (out / RECORD_FILE).is_file():
-        raise OSError(f"{out}: about {_megabytes(planned.bytes_peak - done)} needed, {_megabytes(free)} free")
+        raise OSError(f"{out}: about {decimal(planned.bytes_peak - done)} needed, {decimal(free)} free")
     with _progress(console, "preparing", len(planned.keys)) as on_part:
         record = run_prepare(
             planned,
@@ -330,10 +331,6 @@ def _print_dropped(console: Console, dropped: Iterable[Dropped], record: Path | 
     if len(rows) > _SHOWN_DROPPED:
         where = f"; all are in {record}" if record else ""
         console.print(f"… and {len(rows) - _SHOWN_DROPPED} more{where}", highlight=False, markup=False)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def _console() -> Console:

@@ -24,13 +24,15 @@ def report(
         videos: Embed the videos of so many episodes, failures and successes in turn; the others are linked.
     """
     from rich.console import Console
+    from rich.filesize import decimal
 
     from worldvla_libero.evaluation.report import write_report
 
     page, *pictures = write_report(runs, out, videos=videos)
     console = Console()
-    size = f"{page.stat().st_size / 1e6:.1f} MB"
-    console.print(f"look at it: {page} ({size})", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"look at it: {page} ({decimal(page.stat().st_size)})", highlight=False, markup=False, soft_wrap=True
+    )
     console.print(
         f"pictures: {', '.join(path.name for path in pictures)}", style="dim", highlight=False, soft_wrap=True
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -216,18 +215,17 @@ class SuccessRate:
         """Between 0 and 1; None when no episode ran to its end."""
         return self.successes / self.episodes if self.episodes else None
 
-    def interval(self, z: float = 1.959963984540054) -> tuple[float, float]:
-        """Wilson's score interval of the rate; 95 % by default, the whole of [0, 1] without episodes.
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson's score interval of the rate; the whole of [0, 1] without episodes.
 
-        Source: Wilson 1927; unlike the normal approximation it stays sensible at 0 and 1.
+        Unlike the normal approximation it stays sensible at 0 and 1.
         """
         if not self.episodes:
             return 0.0, 1.0
-        n, p = self.episodes, self.successes / self.episodes
-        centre = p + z * z / (2 * n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        scale = 1 + z * z / n
-        return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+        from scipy.stats import binomtest  # a second to import
+
+        low, high = binomtest(self.successes, self.episodes).proportion_ci(confidence, method="wilson")
+        return float(low), float(high)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

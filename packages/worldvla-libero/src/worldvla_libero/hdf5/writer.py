@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import h5py
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from worldvla_libero.data.episodes import Episode, EpisodeError, Reason
 from worldvla_libero.hdf5.layouts import LIBERO_CAMERAS, natural, opened
+from worldvla_tokenizers.files import atomic_path
 
 
 def write_demonstrations(path: str | os.PathLike[str], episodes: Iterable[Episode]) -> int:
@@ -92,23 +92,16 @@ def merge_demonstrations(
 @contextmanager
 def _created(path: str | os.PathLike[str]) -> Iterator[h5py.Group]:
     """The group `data` of a new file, which takes its name only if the block ends well and left something."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with _Draft(draft, "w+b") as file:
-            try:
-                with h5py.File(file, "w") as content:
-                    data = content.create_group("data")
-                    yield data
-                    if not len(data):
-                        raise EpisodeError(Reason.TOO_SHORT, f"{path}: no episode to write")
-            finally:
-                if file.failure is not None:  # whatever else went wrong came of it
-                    raise file.failure
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with atomic_path(path) as draft, _Draft(draft, "w+b") as file:
+        try:
+            with h5py.File(file, "w") as content:
+                data = content.create_group("data")
+                yield data
+                if not len(data):
+                    raise EpisodeError(Reason.TOO_SHORT, f"{path}: no episode to write")
+        finally:
+            if file.failure is not None:  # whatever else went wrong came of it
+                raise file.failure
 
 
 class _Draft(io.FileIO):

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +30,7 @@ from worldvla_libero.lerobot.layout import (
     TASKS_FILE,
     VIDEO_PATH,
 )
+from worldvla_libero.video import H264Encoder
 from worldvla_tokenizers.files import staged_folder, write_text_atomic
 
 _ROW_TYPES = {
@@ -303,25 +303,19 @@ class _Videos:
     def __init__(self, folder: Path, key: str, fps: int, crf: int, max_mb: float) -> None:
         self.folder, self.key, self.fps, self.crf, self.max_bytes = folder, key, fps, crf, max_mb * 2**20
         self._number = 0  # of the file
-        self._frames = 0  # in the file
-        self._bytes = 0
-        self._container: Any = None
-        self._stream: Any = None
+        self._encoder: H264Encoder | None = None
 
     def add(self, frames: Frames) -> dict[str, float]:
         """Append (T, H, W, 3) frames; returns where they are."""
-        if self._container is not None and self._bytes >= self.max_bytes:
+        if self._encoder is not None and self._encoder.bytes >= self.max_bytes:
             self._close()
             self._number += 1
-        if self._container is None:
-            self._start(frames.shape)
-        first = self._frames
+        if self._encoder is None:
+            self._encoder = self._start(*frames.shape[1:3])
+        first = self._encoder.frames
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture.pts = self._frames
-            self._mux(picture)
-            self._frames += 1
-        times = {"from_timestamp": first / self.fps, "to_timestamp": self._frames / self.fps}
+            self._encoder.write(frame)
+        times = {"from_timestamp": first / self.fps, "to_timestamp": self._encoder.frames / self.fps}
         return {**_place(self._number), **times}
 
     def __enter__(self) -> Self:
@@ -330,34 +324,20 @@ class _Videos:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def _start(self, shape: tuple[int, ...]) -> None:
+    def _start(self, height: int, width: int) -> H264Encoder:
         path = self.folder / VIDEO_PATH.format(video_key=self.key, **_place(self._number))
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(path), "w", options={"movflags": "faststart"})
         # Every second frame a keyframe, as LeRobot has it: training asks for single frames in random order.
         options = {"crf": str(self.crf), "g": "2", "bf": "0"}
         # The bytes must depend neither on the number of processors nor on their instructions, by which x264 else
         # chooses among functions that round differently.
         options["x264-params"] = "lookahead-threads=1:cpu-independent=1"
-        self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.height, self._stream.width = shape[1:3]
-        self._stream.codec_context.thread_count = 1
-        self._frames = self._bytes = 0
-
-    def _mux(self, picture: av.VideoFrame | None) -> None:
-        packets = self._stream.encode(picture)
-        self._bytes += sum(packet.size for packet in packets)
-        self._container.mux(packets)
+        return H264Encoder(path, self.fps, height, width, options, threads=1)
 
     def _close(self) -> None:
-        if self._container is None:
-            return
-        try:
-            self._mux(None)
-        finally:
-            self._container.close()
-            self._container = None
+        encoder, self._encoder = self._encoder, None
+        if encoder is not None:
+            encoder.close()
 
 
 def _place(number: int) -> dict[str, int]:

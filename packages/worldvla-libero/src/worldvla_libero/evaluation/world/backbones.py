@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
+
+from worldvla_tokenizers.files import atomic_path
 
 if TYPE_CHECKING:
     import torch
@@ -196,24 +197,20 @@ def fetch_weights(network: str) -> Path:
         url = weights[network].DEFAULT.url
     file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
         checksum = torch.hub.HASH_REGEX.search(file.name)
-        draft = file.with_name(f".{uuid4().hex}.{file.name}")
+        draft = file
         try:
-            torch.hub.download_url_to_file(url, str(draft), checksum and checksum[1], progress=False)
-            if not checksum and not _tensors(
-                draft
-            ):  # torch.hub compares no lengths: half a file would stay for ever
-                raise WeightsError("what came holds no weights")
-            os.replace(draft, file)
+            with atomic_path(file) as draft:
+                torch.hub.download_url_to_file(url, str(draft), checksum and checksum[1], progress=False)
+                # torch.hub compares no lengths: half a file would stay for ever.
+                if not checksum and not _tensors(draft):
+                    raise WeightsError("what came holds no weights")
         except (OSError, RuntimeError, HTTPException, WeightsError) as error:
             name = "fvd" if network == "i3d" else "lpips"
             told = str(error).replace(str(draft), "what came")
             raise WeightsError(
                 f"cannot fetch {url}: {told}; remedy: download it elsewhere and give --{name}-weights FILE"
             ) from error
-        finally:
-            draft.unlink(missing_ok=True)
     return file
 
 
