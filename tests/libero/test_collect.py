@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,6 +20,7 @@ from worldvla_libero.hdf5 import HDF5Source
 from worldvla_libero.jobs.job import JobError, StorageError
 from worldvla_libero.simulator.suites import load_suite
 
+OPTIONS: dict[str, Any] = {}  # of `collect`, beside those that a test gives
 OBJECTS = load_suite("libero_object")
 TASK, OTHER = OBJECTS.task(1), OBJECTS.task(2)
 
@@ -33,8 +35,12 @@ def work() -> Iterator[ModuleType]:
 @pytest.fixture
 def synthetic(work, monkeypatch) -> ModuleType:
     """Even attempts succeed, later ones end first, and there is no simulator."""
-    monkeypatch.setattr("worldvla_libero.demonstrations.collect.Demonstrator", work.SyntheticDemonstrator)
+    monkeypatch.setitem(OPTIONS, "demonstrator", work.SyntheticDemonstrator())
     return work
+
+
+def run(*arguments: Any, **options: Any) -> dict[str, Any]:
+    return collect(*arguments, **{**OPTIONS, **options})
 
 
 # What is asked for
@@ -50,7 +56,7 @@ def synthetic(work, monkeypatch) -> ModuleType:
 )
 def test_numbers_below_one_are_refused(tmp_path, tasks, options, message):
     with pytest.raises(ValueError, match=message):
-        collect(tasks, tmp_path / "out", **options)
+        run(tasks, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -59,7 +65,7 @@ def test_numbers_below_one_are_refused(tmp_path, tasks, options, message):
 )
 def test_a_task_without_an_expert_is_refused_before_anything_is_done(tmp_path, suite, task):
     with pytest.raises(NoExpertError, match=rf"no scripted expert for {suite}/\d .*; choose other tasks"):
-        collect([TASK, load_suite(suite).task(task)], tmp_path / "out")
+        run([TASK, load_suite(suite).task(task)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -82,7 +88,7 @@ def successes(path: Path) -> list[int]:
 def test_the_first_successes_are_kept_by_number_whoever_ends_first(tmp_path, synthetic):
     for workers in (1, 3):
         out = tmp_path / str(workers)
-        record = collect([TASK, OTHER], out, episodes=3, seed=7, workers=workers)
+        record = run([TASK, OTHER], out, episodes=3, seed=7, workers=workers)
         for row, task in zip(record["tasks"], (TASK, OTHER), strict=True):
             assert row == {
                 "suite": "libero_object",
@@ -103,28 +109,27 @@ def test_the_first_successes_are_kept_by_number_whoever_ends_first(tmp_path, syn
 
 def test_a_collection_begins_no_attempt_that_it_does_not_need(tmp_path, synthetic):
     seen = {}
-    collect([TASK], tmp_path, episodes=2, attempts=50, on_part=lambda name, part: seen.update({name: part}))
+    run([TASK], tmp_path, episodes=2, attempts=50, on_part=lambda name, part: seen.update({name: part}))
     assert list(seen) == ["000-000000", "000-000001", "000-000002"]
     assert [isinstance(part, Path) for part in seen.values()] == [True, False, True]
 
 
 @pytest.mark.parametrize(("attempts", "made"), [(2, 1), (3, 2)])
 def test_a_task_is_given_up_after_so_many_attempts(tmp_path, synthetic, attempts, made):
-    (row,) = collect([TASK], tmp_path, episodes=4, attempts=attempts, workers=2)["tasks"]
+    (row,) = run([TASK], tmp_path, episodes=4, attempts=attempts, workers=2)["tasks"]
     assert (row["attempts"], row["successes"]) == (attempts, made)
     assert len(row["failures"]) == attempts - made
     assert len(successes(tmp_path / row["file"])) == made
 
 
-def test_a_task_that_never_succeeds_has_no_file(tmp_path, synthetic, monkeypatch):
-    monkeypatch.setattr("worldvla_libero.demonstrations.collect.Demonstrator", synthetic.NeverSucceeds)
-    (row,) = collect([TASK], tmp_path, episodes=1)["tasks"]
+def test_a_task_that_never_succeeds_has_no_file(tmp_path, synthetic):
+    (row,) = run([TASK], tmp_path, episodes=1, demonstrator=synthetic.NeverSucceeds())["tasks"]
     assert (row["attempts"], row["successes"], row["file"], row["mean_steps"]) == (2, 0, None, None)
     assert [path.name for path in tmp_path.iterdir()] == [RECORD_FILE]
 
 
 def test_a_full_disk_delays_a_collection_and_changes_nothing(tmp_path, synthetic, monkeypatch):
-    collect([TASK], tmp_path / "whole", episodes=3)
+    run([TASK], tmp_path / "whole", episodes=3)
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -137,17 +142,17 @@ def test_a_full_disk_delays_a_collection_and_changes_nothing(tmp_path, synthetic
         with monkeypatch.context() as patch:
             patch.setattr(f"worldvla_libero.demonstrations.collect.{function}", fail)
             with pytest.raises(StorageError, match=rf"^{named}: cannot be written to .*No space left on device"):
-                collect([TASK], out, episodes=3, workers=2)
-    collect([TASK], out, episodes=3)
+                run([TASK], out, episodes=3, workers=2)
+    run([TASK], out, episodes=3)
     assert synthetic.files(out) == synthetic.files(tmp_path / "whole")
 
 
 def test_another_collection_in_the_same_folder_is_refused(tmp_path, synthetic):
-    first = collect([TASK], tmp_path, episodes=1)
-    assert collect([TASK], tmp_path, episodes=1) == first
+    first = run([TASK], tmp_path, episodes=1)
+    assert run([TASK], tmp_path, episodes=1) == first
     assert first["settings"]["tasks"] == [f"libero_object/{TASK.name}"]
     with pytest.raises(JobError, match=r"episodes was 1, now 2; attempts was 2, now 4\); choose another folder"):
-        collect([TASK], tmp_path, episodes=2)
+        run([TASK], tmp_path, episodes=2)
 
 
 # In the simulator
@@ -156,13 +161,13 @@ def test_another_collection_in_the_same_folder_is_refused(tmp_path, synthetic):
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("collected") / "one"
-    collect([TASK], out, episodes=2)
+    run([TASK], out, episodes=2)
     return out
 
 
 @pytest.mark.slow
 def test_two_workers_collect_the_bytes_that_one_does(tmp_path, work, collected):
-    collect([TASK], tmp_path, episodes=2, workers=2)
+    run([TASK], tmp_path, episodes=2, workers=2)
     assert work.files(tmp_path) == work.files(collected)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from worldvla_libero.data.episodes import EpisodeError, Reason
 from worldvla_libero.jobs.job import Job, JobError, StorageError
-from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
+from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped, ItemError
 
 HERE = Path(__file__).parent
 DONE = "done.json"
@@ -122,7 +122,7 @@ def test_a_job_that_has_ended_says_what_it_said(tmp_path, jobs, whole):
 
 def test_strict_stops_at_the_first_dropped_item_and_at_the_same_in_another_run(tmp_path, jobs, whole):
     for _ in range(2):
-        with pytest.raises(EpisodeError, match="item 3: “too short”") as caught:
+        with pytest.raises(ItemError, match="item 3: “too short”") as caught:
             jobs.complete(tmp_path, jobs.numbered(12), strict=True)
         assert caught.value.reason is Reason.TOO_SHORT
         assert parts_of(tmp_path) == ["000.txt", "001.txt", "002.txt", "003.dropped.json"]
@@ -201,7 +201,7 @@ def test_an_item_that_kills_every_worker_is_dropped_by_name_until_another_run(tm
     assert jobs.files(out) == whole
     with (
         Job(tmp_path / "strict", DONE, {}) as job,
-        pytest.raises(EpisodeError, match="worker killed: 2: the worker process ended"),
+        pytest.raises(ItemError, match="worker killed: 2: the worker process ended"),
     ):
         job.run(items, jobs.Fragile(kills, 99), jobs.store, suffix=".txt", strict=True)
 

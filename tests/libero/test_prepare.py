@@ -35,8 +35,8 @@ from worldvla_libero.data.samples import ActionSamples, SampleWriter, TokenSampl
 from worldvla_libero.data.shards import TokenDataset
 from worldvla_libero.demonstrations.replay import Replayer, ReplaySettings
 from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
-from worldvla_libero.jobs import processes
 from worldvla_libero.jobs.job import JobError, StorageError
+from worldvla_libero.jobs.processes import Worker
 from worldvla_libero.prepare import PrepareError, PrepareSettings, load_image_tokenizer, open_source, plan, prepare
 from worldvla_libero.simulator.simulator import SimulatorError
 from worldvla_libero.versions import SIMULATOR, installed_versions
@@ -65,6 +65,9 @@ def write(root: Path, tasks: str = "abc", each: int = 2, *, dimensions: int = 7)
     return root
 
 
+OPTIONS: dict[str, Any] = {}  # of `prepare`, beside those that a test gives
+
+
 def run(
     source: Path | Source,
     out: Path,
@@ -75,7 +78,7 @@ def run(
     **options: Any,
 ) -> dict[str, Any]:
     demonstrations = open_source(source) if isinstance(source, Path) else source
-    return prepare(plan(demonstrations, settings, limit=limit), out, tokenizer, settings, **options)
+    return prepare(plan(demonstrations, settings, limit=limit), out, tokenizer, settings, **{**OPTIONS, **options})
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -120,11 +123,12 @@ class Thread:
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves out what takes seconds and is tested elsewhere: processes, the figures of the page."""
-    monkeypatch.setattr(processes, "get_context", lambda _: SimpleNamespace(Pipe=Pipe, Process=Thread))
+    context = SimpleNamespace(Pipe=Pipe, Process=Thread)
+    monkeypatch.setitem(OPTIONS, "executor", functools.partial(Worker, context=context))
+    monkeypatch.setitem(OPTIONS, "page", lambda record, episodes, actions, previews: f"{len(previews)}")
     for variable in ("LP_NUM_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.setenv(variable, "1")  # a worker sets it in its own process, which is now this one
     monkeypatch.setattr(preparation, "load_image_tokenizer", functools.cache(load_image_tokenizer))
-    monkeypatch.setattr(preparation, "data_page", lambda record, episodes, actions, previews: f"{len(previews)}")
 
 
 @pytest.fixture
@@ -382,12 +386,12 @@ class StandIn:
 def test_raw_demonstrations_go_through_the_simulator_and_its_versions_into_the_record(
     tmp_path, tiny, quick, monkeypatch
 ):
-    monkeypatch.setattr(preparation, "Replayer", StandIn)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     source = HDF5Source(write(tmp_path / "source", "ab", each=3), replay=True)
     settings = replace(SMALL, camera="sideview", replay=ReplaySettings(image_size=48), min_steps=5)
+    replayer = StandIn(replace(settings.replay, cameras=("sideview",)), suite="source")
     with pytest.warns(RuntimeWarning, match="OMP_WAIT_POLICY"):
-        record = run(source, tmp_path / "out", tiny, settings, device="cpu")
+        record = run(source, tmp_path / "out", tiny, settings, device="cpu", replayer=replayer)
     assert record.settings["replay"] == json.loads(
         json.dumps({**vars(ReplaySettings(image_size=48)), "cameras": ["sideview"]})
     )
@@ -798,8 +802,8 @@ def test_an_ended_data_set_is_given_back_without_work(tmp_path, tiny, quick, enc
     source = write(tmp_path / "source")
     record = run(source, tmp_path / "out", tiny)
     before, frames = files(tmp_path / "out"), len(encoded)
-    monkeypatch.setattr(processes, "get_context", None)
-    assert run(source, tmp_path / "out", tiny, workers=4, max_shard_bytes=1) == record
+    nobody = {"executor": None, "workers": 4, "max_shard_bytes": 1}
+    assert run(source, tmp_path / "out", tiny, **nobody) == record
     assert (len(encoded), files(tmp_path / "out")) == (frames, before)
 
 
@@ -884,11 +888,10 @@ def test_killed_at_random_moments_the_command_goes_on_to_the_same_bytes(tmp_path
 
 def test_previews_are_strips_of_a_few_frames_in_time(tmp_path, tiny, quick, monkeypatch):
     shown: list[Preview] = []
-    monkeypatch.setattr(preparation, "data_page", lambda *arguments: shown.extend(arguments[3]) or "")
     shades = np.arange(6, dtype=np.uint8)[:, None, None, None] * 50
     made = replace(episode(0), frames={"agentview": np.broadcast_to(shades, (6, 32, 48, 3)).copy()})
     write_demonstrations(tmp_path / "source" / "a_demo.hdf5", [made] * 3)
-    run(tmp_path / "source", tmp_path / "out", tiny)
+    run(tmp_path / "source", tmp_path / "out", tiny, page=lambda *arguments: shown.extend(arguments[3]) or "")
     assert [preview.episode for preview in shown] == ["a_demo/demo_0", "a_demo/demo_1"]  # of three, two per task
     with Image.open(io.BytesIO(shown[0].strip)) as strip:
         assert strip.size == (6 * 144, 96)

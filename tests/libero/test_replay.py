@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import h5py
 import numpy as np
@@ -202,18 +203,20 @@ def test_settings_out_of_range_are_refused(changes, message):
 
 # Whole sources, with a replayer that needs no simulator
 
+OPTIONS: dict[str, Any] = {}  # of `replay`, beside those that a test gives
+
 
 @pytest.fixture
 def synthetic(work, monkeypatch) -> str:
     """The id of the episode that fails."""
-    monkeypatch.setattr("worldvla_libero.demonstrations.replay.Replayer", work.SyntheticReplayer)
+    monkeypatch.setitem(OPTIONS, "replayer", work.SyntheticReplayer(ReplaySettings(32, CAMERAS), suite=""))
     return work.SyntheticReplayer.FAILS
 
 
 def run(out: Path | None, **options) -> dict:
     source = HDF5Source(FIXTURE)
     settings = options.pop("settings", ReplaySettings(32, CAMERAS))
-    return replay(source, options.pop("keys", source.list()[0]), out, settings, **options)
+    return replay(source, options.pop("keys", source.list()[0]), out, settings, **{**OPTIONS, **options})
 
 
 def test_hdf5_is_read_back_as_it_was_replayed(tmp_path, work, synthetic):

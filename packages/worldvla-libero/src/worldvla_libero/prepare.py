@@ -7,10 +7,11 @@ import io
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ from worldvla_libero.data.record import DATA_FOLDER, RECORD_FILE, DataRecord, Sp
 from worldvla_libero.data.shards import CARD_FILE, PAGE_FILE, TokenEpisode, read_episodes, write_episodes
 from worldvla_libero.demonstrations.replay import Replayer, ReplaySettings
 from worldvla_libero.hdf5 import HDF5Source
-from worldvla_libero.jobs.job import Executor, Job
+from worldvla_libero.jobs.job import Executor, Job, StartWorker
 from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
 from worldvla_libero.lerobot import LeRobotSource, is_lerobot
 from worldvla_libero.versions import SIMULATOR, installed_versions
@@ -54,6 +55,12 @@ USUAL_CAMERAS = ("agentview", "observation.images.image", "image")
 _PREVIEW_FRAMES, _PREVIEW_HEIGHT, _PREVIEWS_PER_TASK = 6, 96, 2
 _PIXELS_PER_CODE = 16
 _SHOWN_REASONS = 3
+
+
+DataPage: TypeAlias = Callable[
+    [DataRecord, Iterable[tuple[str, TokenEpisode]], "ActionTokenizer", Sequence[Preview]], str
+]
+"""(record, split and episode of each, bounds, previews) → HTML, see `data_page`."""
 
 
 class PrepareError(ValueError):
@@ -218,9 +225,11 @@ def prepare(
     workers: int = 1,
     device: str | None = None,
     strict: bool = False,
-    executor: Executor = "local",
+    executor: Executor | StartWorker = "local",
     gpus: float = 0,
     max_shard_bytes: int = 256 * 2**20,
+    replayer: Callable[[Episode], Episode] | None = None,
+    page: DataPage = data_page,
     on_part: Callable[[str, Path | Dropped], None] | None = None,
 ) -> DataRecord:
     """Make a token data set. Killed at any moment, the same call goes on; the result is the same to the byte.
@@ -236,6 +245,8 @@ def prepare(
         executor: `local`, or `ray` for a cluster (see `Job.run`); then `workers` are Ray's.
         gpus: with Ray, GPUs of the tokenizing process.
         max_shard_bytes: shards are about this large at most.
+        replayer: what replays an episode, in a worker process; None for a `Replayer` with these settings.
+        page: writes `index.html`, see `data_page`.
         on_part: called for every episode that is done, with its part or why it was dropped.
 
     Returns:
@@ -259,11 +270,11 @@ def prepare(
     with Job[EpisodeKey, Episode](out, RECORD_FILE, resolved, error=EpisodeError) as job:
         if job.ended:
             return DataRecord.read(out)
-        if executor == "local" and (plan.replayed or workers > 1):
+        if executor != "ray" and (plan.replayed or workers > 1):
             _warn_of_spinning(tokenize.tokenizer)
         parts = job.run(
             items,
-            LoadEpisode(plan, settings),
+            LoadEpisode(plan, settings, replayer),
             tokenize,
             suffix=PART_SUFFIX,
             workers=workers,
@@ -275,7 +286,7 @@ def prepare(
         dropped = [*plan.unreadable, *(part for part in parts.values() if isinstance(part, Dropped))]
         kept = {items[name]: part for name, part in parts.items() if isinstance(part, Path)}
         with job.storing("the data set"):
-            record = _finish(out, kept, dropped, resolved, plan.source.name, settings, max_shard_bytes)
+            record = _finish(out, kept, dropped, resolved, plan.source.name, settings, max_shard_bytes, page)
         job.end(record.content())
     return DataRecord.read(out)
 
@@ -286,14 +297,18 @@ class LoadEpisode:
     Args:
         plan: the source and camera.
         settings: how to replay, and what to refuse.
+        replayer: what replays; None for a `Replayer`.
     """
 
-    def __init__(self, plan: Plan, settings: PrepareSettings) -> None:
+    def __init__(
+        self, plan: Plan, settings: PrepareSettings, replayer: Callable[[Episode], Episode] | None = None
+    ) -> None:
         self.source, self.camera, self.dimensions = plan.source, plan.camera, plan.dimensions
         self.min_steps = settings.min_steps
-        self.replayer = None
+        self.replayer: Callable[[Episode], Episode] | None = None
         if plan.replayed:
-            self.replayer = Replayer(replace(settings.replay, cameras=(plan.camera,)), suite=plan.source.name)
+            how = replace(settings.replay, cameras=(plan.camera,))
+            self.replayer = replayer or Replayer(how, suite=plan.source.name)
 
     def __call__(self, key: EpisodeKey) -> Episode:
         """Load an episode.
@@ -457,6 +472,7 @@ def _finish(
     name: str,
     how: PrepareSettings,
     max_shard_bytes: int,
+    page: DataPage,
 ) -> DataRecord:
     """Write shards, bounds, card and page from the parts; one episode is in memory at a time."""
     if not parts:
@@ -494,7 +510,7 @@ def _finish(
         dropped=tuple(dropped),
         versions=installed_versions(),
     )
-    write_text_atomic(out / PAGE_FILE, _page(parts, splits, record, actions))
+    write_text_atomic(out / PAGE_FILE, page(record, _episodes(parts, splits), actions, _previews(parts, splits)))
     write_text_atomic(out / CARD_FILE, _card(record))
     return record
 
@@ -513,26 +529,22 @@ def _shards(parts: Sequence[Path], max_bytes: int) -> list[list[Path]]:
     return shards
 
 
-def _page(
-    parts: Mapping[EpisodeKey, Path],
-    splits: Mapping[str, str],
-    record: DataRecord,
-    actions: ActionTokenizer,
-) -> str:
-    previews: list[Preview] = []
-    shown: dict[str, int] = {}
+def _episodes(parts: Mapping[EpisodeKey, Path], splits: Mapping[str, str]) -> Iterator[tuple[str, TokenEpisode]]:
     for key, part in parts.items():
-        shown[key.task] = shown.get(key.task, 0) + 1
+        yield splits[key.id], read_episodes(part)[0][0]
+
+
+def _previews(parts: Mapping[EpisodeKey, Path], splits: Mapping[str, str]) -> list[Preview]:
+    """The first episodes of each task."""
+    previews: list[Preview] = []
+    shown = Counter[str]()
+    for key, part in parts.items():
+        shown[key.task] += 1
         if shown[key.task] <= _PREVIEWS_PER_TASK:
             (episode,), metadata = read_episodes(part)
             strip = base64.b64decode(metadata["preview"])
             previews.append(Preview(episode.id, episode.task, episode.instruction, splits[key.id], strip))
-
-    def episodes() -> Iterator[tuple[str, TokenEpisode]]:
-        for key, part in parts.items():
-            yield splits[key.id], read_episodes(part)[0][0]
-
-    return data_page(record, episodes(), actions, previews)
+    return previews
 
 
 def _strip(frames: Frames) -> bytes:

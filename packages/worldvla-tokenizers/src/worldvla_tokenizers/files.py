@@ -149,12 +149,11 @@ def resolve_files(
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file to write beside `path`, which takes its name once the block has ended without an error.
 
-    Readers see the old content or the new one, never a half. Folders that lead to it are made; the draft's name
-    has the suffix of the path, by which many writers tell what to write.
+    Readers see the old content or the new one, never a half. Folders that lead to it are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{uuid4().hex}.{path.name}")
+    draft = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         yield draft
         os.replace(draft, path)

@@ -95,6 +95,7 @@ def collect(
     attempts: int | None = None,
     seed: int = 0,
     workers: int = 1,
+    demonstrator: Callable[[Attempt], Episode] | None = None,
     on_part: Callable[[str, Path | Dropped], None] | None = None,
 ) -> dict[str, Any]:
     """Collect demonstrations: for each task the first successful attempts, in the order of their numbers.
@@ -109,6 +110,7 @@ def collect(
         attempts: after how many to give up on a task; default twice the episodes.
         seed: of the collection.
         workers: processes.
+        demonstrator: what makes an attempt, in a worker process; None for a `Demonstrator`.
         on_part: called after each attempt with its file, or why there is none.
 
     Returns:
@@ -146,7 +148,7 @@ def collect(
         if not job.ended:
             parts = job.run(
                 items,
-                Demonstrator(),
+                demonstrator or Demonstrator(),
                 lambda episode, path: write_demonstrations(path, [episode]),
                 suffix=_PART_SUFFIX,
                 workers=workers,

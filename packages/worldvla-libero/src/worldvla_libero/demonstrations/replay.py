@@ -28,7 +28,7 @@ from worldvla_libero.data.episodes import (
     moving,
 )
 from worldvla_libero.hdf5 import HDF5Source, merge_demonstrations, write_demonstrations
-from worldvla_libero.jobs.job import Executor, Job
+from worldvla_libero.jobs.job import Executor, Job, StartWorker
 from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
 from worldvla_libero.lerobot import write_lerobot
 from worldvla_libero.simulator.libero_files import InitialStateError
@@ -169,7 +169,8 @@ def replay(
     format: Format = "lerobot",
     workers: int = 1,
     strict: bool = False,
-    executor: Executor = "local",
+    executor: Executor | StartWorker = "local",
+    replayer: Callable[[Episode], Episode] | None = None,
     on_part: Callable[[str, Path | Dropped], None] | None = None,
 ) -> dict[str, Any]:
     """Replay demonstrations into frames that the rest of the field can use, or only see which still succeed.
@@ -186,26 +187,28 @@ def replay(
         workers: processes.
         strict: stop at the first episode that has to be dropped.
         executor: see `Job.run`.
+        replayer: what replays an episode, in a worker process; None for a `Replayer` with these settings.
         on_part: called for every episode that is done, with its part or why it was dropped.
 
     Returns:
         Per task how many episodes were replayed and kept, and all that were dropped; as in `replay.json`.
 
     Raises:
-        EpisodeError: with `strict`, the first episode dropped; without, if none is left.
+        EpisodeError: with `strict`, the first episode dropped.
+        NoEpisodeLeftError: all episodes were dropped, and there is a folder to fill.
         JobError: `out` holds something else, or a replay with other settings.
         StorageError: the disk is full, or a file cannot be written; what is done stays.
     """
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             blind = replace(settings, render=False)
-            return _replay(source, keys, Path(folder), blind, None, workers, strict, executor, on_part)
-    return _replay(source, keys, Path(out), settings, format, workers, strict, executor, on_part)
+            return _replay(source, keys, Path(folder), blind, None, workers, strict, executor, replayer, on_part)
+    return _replay(source, keys, Path(out), settings, format, workers, strict, executor, replayer, on_part)
 
 
 class _LoadAndReplay:
-    def __init__(self, source: Source, settings: ReplaySettings) -> None:
-        self.source, self.replayer = source, Replayer(settings, suite=source.name)
+    def __init__(self, source: Source, replayer: Callable[[Episode], Episode]) -> None:
+        self.source, self.replayer = source, replayer
 
     def __call__(self, key: EpisodeKey) -> Episode:
         return self.replayer(self.source.read(key.id))
@@ -219,7 +222,8 @@ def _replay(
     format: Format | None,
     workers: int,
     strict: bool,
-    executor: Executor,
+    executor: Executor | StartWorker,
+    replayer: Callable[[Episode], Episode] | None,
     on_part: Callable[[str, Path | Dropped], None] | None,
 ) -> dict[str, Any]:
     resolved = {
@@ -234,7 +238,7 @@ def _replay(
             return job.content()
         parts = job.run(
             items,
-            _LoadAndReplay(source, settings),
+            _LoadAndReplay(source, replayer or Replayer(settings, suite=source.name)),
             _store_length if format is None else _store_episode,
             suffix=".json" if format is None else ".hdf5",
             workers=workers,

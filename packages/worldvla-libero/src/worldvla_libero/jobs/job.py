@@ -36,6 +36,9 @@ from worldvla_libero.jobs.processes import (
 from worldvla_tokenizers.files import write_text_atomic
 
 Executor = Literal["local", "ray"]
+StartWorker = Callable[[Callable[[Any], Any]], Worker]
+"""Given the work, starts what does it, such as `Worker`."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -143,7 +146,7 @@ class Job(Generic[Item, Result]):
         strict: bool = False,
         wanted: Callable[[str, Mapping[str, Path | Dropped]], bool] | None = None,
         on_part: Callable[[str, Path | Dropped], None] | None = None,
-        executor: Executor = "local",
+        executor: Executor | StartWorker = "local",
         store_gpus: float = 0,
     ) -> dict[str, Path | Dropped]:
         """Do what is left of the items.
@@ -158,7 +161,7 @@ class Job(Generic[Item, Result]):
             wanted: called before an item is begun, with all parts so far; False leaves it out.
             on_part: called with every part, those of earlier runs first.
             executor: `local`, or `ray` for Ray Data on the cluster that `ray.init` finds; every node needs the
-                output folder at the same path.
+                output folder at the same path. Or what starts a local worker, instead of `Worker`.
             store_gpus: with Ray, share of a GPU for the storing process.
 
         Returns:
@@ -187,7 +190,8 @@ class Job(Generic[Item, Result]):
                 raise ValueError("Ray begins all items at once; 'wanted' needs the local executor")
             done = self._run_on_ray(left, work, store, suffix, workers, store_gpus)
         else:
-            done = self._run_here(left, work, store, suffix, workers, wanted, parts)
+            start = executor if callable(executor) else Worker
+            done = self._run_here(left, work, store, suffix, workers, wanted, parts, start)
         with closing(done):  # ends the workers, whoever raises
             for name, part in done:
                 parts[name] = part
@@ -238,6 +242,7 @@ class Job(Generic[Item, Result]):
         workers: int,
         wanted: Callable[[str, Mapping[str, Path | Dropped]], bool] | None,
         parts: Mapping[str, Path | Dropped],
+        start: StartWorker,
     ) -> Generator[tuple[str, Path | Dropped], None, None]:
         waiting = list(items.items())[::-1]
         tries = Counter[str]()
@@ -255,7 +260,7 @@ class Job(Generic[Item, Result]):
 
         try:
             for _ in range(min(workers, len(items))):
-                idle.append(Worker(attempting))
+                idle.append(start(attempting))
             begin()
             while busy:
                 answers: list[tuple[str, Any]] = []
@@ -273,7 +278,7 @@ class Job(Generic[Item, Result]):
                     except WorkerStartError as error:
                         raise JobError(str(error)) from error
                     except WorkerKilledError as error:
-                        idle[-1] = Worker(attempting)
+                        idle[-1] = start(attempting)
                         tries[name] += 1
                         if tries[name] < _TRIES:
                             waiting.append((name, items[name]))

@@ -32,6 +32,7 @@ class Worker:
 
     Args:
         work: called with each message, in the process, to which it is pickled once.
+        context: of multiprocessing; None to spawn, since OpenGL and CUDA do not survive a fork.
 
     Attributes:
         connection: readable when there is an answer, or the process has ended.
@@ -39,8 +40,8 @@ class Worker:
 
     has_place = True  # whoever starts more of them than there are cores chose to
 
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        context = get_context("spawn")  # OpenGL and CUDA do not survive a fork
+    def __init__(self, work: Callable[[Any], Any], context: Any = None) -> None:
+        context = context or get_context("spawn")
         self.connection, far = context.Pipe()
         self._sign, far_sign = context.Pipe(duplex=False)  # of life, once it has started
         self.process = context.Process(target=_serve, args=(far, far_sign, work), daemon=True)
