@@ -124,7 +124,7 @@ def test_strict_stops_at_the_first_dropped_item_and_at_the_same_in_another_run(t
     for _ in range(2):
         with pytest.raises(ItemError, match="item 3: “too short”") as caught:
             jobs.complete(tmp_path, jobs.numbered(12), strict=True)
-        assert caught.value.reason is Reason.TOO_SHORT
+        assert caught.value.reason == Reason.TOO_SHORT
         assert parts_of(tmp_path) == ["000.txt", "001.txt", "002.txt", "003.dropped.json"]
     jobs.complete(tmp_path, jobs.numbered(12))
     assert jobs.files(tmp_path) == whole

@@ -22,6 +22,7 @@ from PIL import Image
 
 from worldvla_libero.conventions import proprioception
 from worldvla_libero.data.episodes import EpisodeError, Frames, Reason
+from worldvla_libero.hdf5.probe import Identity, fault_of, identity, open_file
 from worldvla_tokenizers.signatures import Kind, misnamed
 
 # LIBERO's cameras, by their keys in `obs`.
@@ -45,15 +46,26 @@ class FileInUseError(OSError):
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[h5py.File]:
+def opened(file: Path, *, tried: Identity | None = None) -> Iterator[h5py.File]:
     """An HDF5 file with a group `data`.
 
+    Args:
+        file: its path.
+        tried: the file's identity when it was opened before, and the library survived it.
+
     Raises:
-        EpisodeError: it is no such file, or truncated.
+        EpisodeError: it is no such file, or truncated, or the HDF5 library does not survive it.
         FileInUseError: another process has it open for writing.
     """
+    fault = fault_of(file) if tried is None or identity(file) != tried else None
+    if fault is not None:
+        raise EpisodeError(
+            Reason.UNREADABLE,
+            f"{file.name}: damaged, or still being written: the HDF5 library {fault} when it reads it; remedy: "
+            "copy or download the file again",
+        )
     try:
-        content = _unlocked(file)
+        content = open_file(file)
     except BlockingIOError as error:
         raise FileInUseError(f"{file} is in use: another process writes it; try again later") from error
     except OSError as error:
@@ -78,16 +90,6 @@ def opened(file: Path) -> Iterator[h5py.File]:
                 Reason.MISSING_KEY, f"{file.name}: no group 'data'; LIBERO's layout needed, found {held}"
             )
         yield content
-
-
-def _unlocked(file: Path) -> h5py.File:
-    """The file, without a lock where the disk has none: many network disks (NFS, Lustre) cannot lock."""
-    try:
-        return h5py.File(file, "r")
-    except OSError as error:
-        if isinstance(error, BlockingIOError) or "unable to lock file" not in str(error):
-            raise
-        return h5py.File(file, "r", locking=False)
 
 
 def natural(name: str) -> tuple[str | int, ...]:

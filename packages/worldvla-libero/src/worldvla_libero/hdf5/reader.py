@@ -41,6 +41,7 @@ from worldvla_libero.hdf5.layouts import (
     unread_images_of,
     words_of,
 )
+from worldvla_libero.hdf5.probe import Identity, identity_at_rest
 from worldvla_libero.jobs.parts import Dropped
 
 CONTROL_HZ = 20.0  # LIBERO's; its files do not say
@@ -74,6 +75,7 @@ class _File(NamedTuple):
     demos: tuple[_Demo, ...]
     cameras: tuple[str, ...]
     unread: tuple[str, ...]
+    tried: Identity | None  # what it was when the HDF5 library was seen to survive it
 
     @property
     def name(self) -> str:
@@ -185,7 +187,8 @@ class HDF5Source:
         path = next((path for path in self._paths if self._stem(path) == stem), None)
         if path is None:
             raise EpisodeError(Reason.UNREADABLE, f"{id}: no such file in {self.root}")
-        with opened(path) as content, _reading(id):
+        listed = self._listing.files.get(stem)
+        with opened(path, tried=listed.tried if listed else None) as content, _reading(id):
             data = content["data"]
             demo = _child(data, name, id)
             actions = _child(demo, "actions", id)
@@ -305,6 +308,7 @@ class HDF5Source:
 
 
 def _look(path: Path, stem: str) -> _File:
+    tried = identity_at_rest(path)
     with opened(path) as content, _reading(stem):
         data = content["data"]
         demos = []
@@ -323,7 +327,9 @@ def _look(path: Path, stem: str) -> _File:
                 unread = unread or tuple(
                     f"no image: {what} in {stem}/{name}/obs" for what in unread_images_of(demo)
                 )
-        return _File(path, stem, scene_of(data), is_raw(data), _control_hz(data), tuple(demos), cameras, unread)
+        return _File(
+            path, stem, scene_of(data), is_raw(data), _control_hz(data), tuple(demos), cameras, unread, tried
+        )
 
 
 def _words_or_none(demo: h5py.Group, data: h5py.Group) -> str | None:
