@@ -317,6 +317,24 @@ def test_rows_that_are_missing_are_named_when_episodes_are_listed(libero):
     dropped("data", match=r"2 whole episodes and 15 rows in all files; meta/info.json promises 4 and 27")
 
 
+def test_damaged_words_are_no_hint(libero):
+    expected = LeRobotSource(libero).list()
+    pq.write_table(pq.read_table(libero / INDEX), libero / INDEX, compression="none", use_dictionary=False)
+    content = (libero / INDEX).read_bytes()
+    (libero / INDEX).write_bytes(content.replace(b"put", b"p\xfft"))
+    assert content != (libero / INDEX).read_bytes()
+    assert LeRobotSource(libero).list() == expected
+
+
+def test_a_damaged_length_takes_no_memory(libero):
+    """Of a list of 900,000 columns, in a file of a few bytes."""
+    footer = b"\x15\x02\x19\xfc\xa0\xf7\x36"
+    (libero / DATA).write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    _, (dropped, *_) = LeRobotSource(libero).list()
+    assert dropped.id == DATA
+    assert "limit" in dropped.message
+
+
 def test_a_file_that_changes_is_noticed(libero):
     source = LeRobotSource(libero)
     source.list()

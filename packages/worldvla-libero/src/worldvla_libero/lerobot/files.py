@@ -27,6 +27,8 @@ _FIELD = re.compile(r"\{(" + "|".join(_FIELDS) + r")(?::(\d{0,2})[ds]?)?\}")
 
 _DEEPEST = 50  # folders; glob calls itself for each
 
+_MOST_ITEMS, _LONGEST_TEXT = 1_000_000, 100_000_000  # that Parquet's own reader takes
+
 # Where the index of pandas goes that has no name: lerobot 0.4.0 to 0.4.3 keep the words there.
 _UNNAMED_INDEX = "__index_level_0__"
 
@@ -122,9 +124,15 @@ def parquet(root: Path, name: str) -> Iterator[pq.ParquetFile]:
         EpisodeError: it is missing or damaged, also where that shows only while it is read.
     """
     try:
-        with pq.ParquetFile(root / name, memory_map=True) as file:
+        # No list or text in a file is longer than the file: a damaged length must not take memory.
+        longest = max(1, (root / name).stat().st_size)
+        limits = {
+            "thrift_container_size_limit": min(longest, _MOST_ITEMS),
+            "thrift_string_size_limit": min(longest, _LONGEST_TEXT),
+        }
+        with pq.ParquetFile(root / name, memory_map=True, **limits) as file:
             yield file
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last of words that are none
         message = f"{name}: missing, truncated or no Parquet file ({' '.join(str(error).split())})"
         raise EpisodeError(Reason.UNREADABLE, message + misnamed_note(root / name, "Parquet file")) from error
 
