@@ -16,7 +16,7 @@ from worldvla_libero.evaluation.world.clips import ClipError, ClipKey
 from worldvla_libero.evaluation.world.trajectories import Demonstrations, TokenTrajectories, open_trajectories
 from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[3] / "fixtures"
 RAW, SO101 = FIXTURES / "demos" / "libero_object", FIXTURES / "lerobot" / "so101"
 
 

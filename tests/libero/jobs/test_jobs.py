@@ -16,7 +16,7 @@ from worldvla_libero.data.episodes import EpisodeError, Reason
 from worldvla_libero.jobs.job import Job, JobError, StorageError
 from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped, ItemError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 DONE = "done.json"
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from worldvla_libero.data.episodes import Episode, EpisodeError, EpisodeKey, Reason, check_episode
 from worldvla_libero.lerobot import DataSetExistsError, LeRobotSource, is_lerobot, write_lerobot
 
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "lerobot"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "lerobot"
 MADE = runpy.run_path(str(FIXTURES / "make.py"))  # computes what went into the fixtures
 AGENTVIEW, WRIST = "observation.images.image", "observation.images.image2"
 INDEX = "meta/episodes/chunk-000/file-000.parquet"

@@ -9,7 +9,7 @@ from PIL import Image
 from worldvla_libero.evaluation.records import SuccessRate
 from worldvla_libero.video import VideoWriter
 
-FRAMES = Path(__file__).parents[2] / "fixtures" / "published" / "frames"
+FRAMES = Path(__file__).parents[3] / "fixtures" / "published" / "frames"
 VERSIONS = {"python": "3.11.2", "mujoco": "3.2.7", "robosuite": "1.4.0", "worldvla-libero": "0.1.0"}
 GOAL = (
     "open the middle drawer of the cabinet",

@@ -28,7 +28,7 @@ TASK, OTHER = OBJECTS.task(1), OBJECTS.task(2)
 @pytest.fixture(scope="module")
 def work() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent)
+        patch.syspath_prepend(Path(__file__).parents[1])
         yield import_module("job_work")
 
 

@@ -35,7 +35,7 @@ from worldvla_libero.simulator.simulator import NO_MOTION, StepResult
 from worldvla_libero.simulator.suites import load_suite
 from worldvla_libero.versions import installed_versions
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "published"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "published"
 
 SHORT = replace(LEROBOT, max_steps={"libero_goal": 4, "libero_object": 4}, wait_steps=1, image_size=64)
 

@@ -24,5 +24,6 @@ def dying_walk(path: str) -> None:
     walk(path)
 
 
-probe._walk = dying_walk
-probe._serve()
+if __name__ == "__main__":
+    probe._walk = dying_walk
+    probe._serve()

@@ -14,7 +14,7 @@ from worldvla_libero.evaluation.world.trajectories import Demonstrations, TokenT
 from worldvla_libero.lerobot import LeRobotSource
 from worldvla_libero.prepare import open_source
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 SO101 = FIXTURES / "lerobot" / "so101"
 
 

@@ -22,7 +22,7 @@ from worldvla_libero.data.episodes import Episode, EpisodeError, EpisodeKey, Rea
 from worldvla_libero.hdf5 import HDF5Source, merge_demonstrations, write_demonstrations
 from worldvla_libero.simulator.rendering import prepare_process
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "demos" / "libero_object"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "demos" / "libero_object"
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
 STOVE = "KITCHEN_SCENE3_turn_on_the_stove_and_put_the_moka_pot_on_it"
 WORDS = json.dumps({"language_instruction": "pick up the milk"})

@@ -27,7 +27,7 @@ from worldvla_libero.jobs.parts import Dropped
 from worldvla_libero.prepare import PrepareSettings, open_source, plan
 from worldvla_tokenizers import VQGAN, ImageTokenizer, TextTokenizer, VQGANConfig
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 FIXTURES = HERE.parent / "fixtures"
 DEMOS, SHORT = (FIXTURES / folder / "libero_object" for folder in ("demos", "short_demos"))
 SO101 = FIXTURES / "lerobot" / "so101"

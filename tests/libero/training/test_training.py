@@ -25,7 +25,7 @@ from worldvla_model.loss import IMAGE_IDS
 from worldvla_model.training import WorldVLATrainer
 from worldvla_tokenizers import VQGAN, ActionTokenizer, ImageTokenizer, VQGANConfig
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEPS = 6
 TINY = dataclasses.replace(
     NANO,

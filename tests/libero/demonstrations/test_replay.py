@@ -26,7 +26,7 @@ from worldvla_libero.simulator.protocols import OPENVLA
 from worldvla_libero.simulator.simulator import NO_MOTION, Simulator
 from worldvla_libero.simulator.suites import load_suite
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "demos" / "libero_object"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "demos" / "libero_object"
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
 SAUCE = "pick_up_the_bbq_sauce_and_place_it_in_the_basket"
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -36,7 +36,7 @@ SIZE = 64
 @pytest.fixture(scope="module")
 def work() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent)
+        patch.syspath_prepend(Path(__file__).parents[1])
         yield import_module("job_work")
 
 

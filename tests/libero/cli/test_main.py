@@ -16,7 +16,7 @@ from worldvla_libero.doctor import rendering, start_of
 from worldvla_libero.simulator.suites import Task, load_suite
 from worldvla_libero.versions import installed_versions
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "published"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "published"
 
 
 def run(*arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,7 @@ from worldvla_model import WorldVLA
 from worldvla_tokenizers import ActionTokenizer
 
 SIZE = 32
-PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published"
+PUBLISHED = Path(__file__).parents[2] / "fixtures" / "published"
 MODEL = ["--model", str(PUBLISHED / "checkpoint"), "--tokenizers", str(PUBLISHED / "tokenizer")]
 MODEL += ["--image-size", str(SIZE)]
 

@@ -44,7 +44,7 @@ def test_imagination_is_that_of_table_4():
 
 
 def test_the_docs_print_the_same_table():
-    words = Path(__file__).parents[2].joinpath("docs/world-model.md").read_text("utf-8")
+    words = Path(__file__).parents[3].joinpath("docs/world-model.md").read_text("utf-8")
     rows = re.findall(r"^\| ([a-z ]+ model), (\d+) frames \| (.+) \|$", words, re.MULTILINE)
     found = {(model, int(frames)): tuple(map(float, cells.split(" | "))) for model, frames, cells in rows}
     assert found == TABLE_4

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "model"))
+sys.path.append(str(Path(__file__).parents[2] / "model"))
 
 import torch
 from training_work import SHARDED, shard_on_cpu
