@@ -1,3 +1,4 @@
+import functools
 import inspect
 import json
 import re
@@ -24,7 +25,7 @@ from worldvla_libero.demonstrations import replay as replaying
 from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.jobs.job import Job
 from worldvla_libero.jobs.parts import Dropped
-from worldvla_libero.prepare import PrepareSettings, open_source, plan
+from worldvla_libero.prepare import PrepareSettings, open_source, plan, prepare
 from worldvla_tokenizers import VQGAN, ImageTokenizer, TextTokenizer, VQGANConfig
 
 HERE = Path(__file__).parents[1]
@@ -37,7 +38,8 @@ SOUP, SAUCE = (f"pick_up_the_{thing}_and_place_it_in_the_basket" for thing in ("
 @pytest.fixture(autouse=True)
 def terminal(tmp_path, monkeypatch) -> None:
     """Wide enough that no line is broken, in a folder that may be filled; without the figures of the page."""
-    monkeypatch.setattr("worldvla_libero.prepare.data_page", lambda *_: "page")
+    without_page = functools.partial(prepare, page=lambda *_: "page")
+    monkeypatch.setattr("worldvla_libero.prepare.prepare", without_page)
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.chdir(tmp_path)
 

@@ -27,23 +27,31 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from worldvla_libero import prepare as preparation
 from worldvla_libero.data.episodes import Episode, EpisodeError, NoEpisodeLeftError, Reason, Source, split
 from worldvla_libero.data.page import Preview
 from worldvla_libero.data.record import ShardError
 from worldvla_libero.data.samples import ActionSamples, SampleWriter, TokenSamples, VideoSamples, WorldSamples
-from worldvla_libero.data.shards import TokenDataset
+from worldvla_libero.data.shards import TokenDataset, write_episodes
 from worldvla_libero.demonstrations.replay import Replayer, ReplaySettings
 from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
 from worldvla_libero.jobs.job import JobError, StorageError
 from worldvla_libero.jobs.processes import Worker
-from worldvla_libero.prepare import PrepareError, PrepareSettings, load_image_tokenizer, open_source, plan, prepare
+from worldvla_libero.prepare import (
+    PrepareError,
+    PrepareSettings,
+    load_image_tokenizer,
+    open_source,
+    plan,
+    preparation,
+    prepare,
+)
+from worldvla_libero.prepare import parts as parts_module
 from worldvla_libero.simulator.simulator import SimulatorError
 from worldvla_libero.versions import SIMULATOR, installed_versions
 from worldvla_model.processing_worldvla import ProcessorSettings, WorldVLAProcessor
 from worldvla_tokenizers import VQGAN, ActionTokenizer, ImageError, ImageTokenizer, TextTokenizer, VQGANConfig
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 DEMOS = FIXTURES / "short_demos" / "libero_object"
 TASKS = [f"pick_up_the_{thing}_and_place_it_in_the_basket" for thing in ("alphabet_soup", "bbq_sauce")]
 SMALL = PrepareSettings(image_size=32)
@@ -128,7 +136,7 @@ def quick(monkeypatch):
     monkeypatch.setitem(OPTIONS, "page", lambda record, episodes, actions, previews: f"{len(previews)}")
     for variable in ("LP_NUM_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.setenv(variable, "1")  # a worker sets it in its own process, which is now this one
-    monkeypatch.setattr(preparation, "load_image_tokenizer", functools.cache(load_image_tokenizer))
+    monkeypatch.setattr(parts_module, "load_image_tokenizer", functools.cache(load_image_tokenizer))
 
 
 @pytest.fixture
@@ -689,7 +697,7 @@ def test_a_camera_that_no_scene_has_is_named(tmp_path, published):
 
 def full_disk(monkeypatch, target: int | str) -> None:
     """Fails in the middle of the n-th Arrow file, or of the text file of a name."""
-    write_episodes, write_text, count = preparation.write_episodes, Path.write_text, iter(range(1000))
+    write_text, count = Path.write_text, iter(range(1000))
 
     def fail() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -708,7 +716,8 @@ def full_disk(monkeypatch, target: int | str) -> None:
             fail()
         return written
 
-    monkeypatch.setattr(preparation, "write_episodes", episodes)
+    for module in (parts_module, preparation):
+        monkeypatch.setattr(module, "write_episodes", episodes)
     monkeypatch.setattr(Path, "write_text", text)
 
 
@@ -752,7 +761,7 @@ def test_a_full_disk_stops_the_work_and_the_same_call_goes_on(
 
 def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path, tiny, quick, monkeypatch):
     """A real failure of writing: the system's, not a made-up one."""
-    monkeypatch.setattr(preparation, "_strip", lambda frames: b"")  # else parts are larger than their shard
+    monkeypatch.setattr(parts_module, "_strip", lambda frames: b"")  # else parts are larger than their shard
     source = write(tmp_path / "source", "a", each=9)
     sizes: list[int] = []
     run(source, tmp_path / "whole", tiny, on_part=lambda _, part: sizes.append(part.stat().st_size))
@@ -852,7 +861,7 @@ def killed(tmp_path, published) -> Iterator[tuple[ModuleType, list[str]]]:
     put("actions", with_value(np.nan))(tmp_path / "source" / FILE)
     command = f"-m worldvla_libero.cli prepare {tmp_path / 'source'} --image-size 64 --workers 2 --tokenizer"
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent)
+        patch.syspath_prepend(Path(__file__).parents[1])
         yield import_module("job_work"), [sys.executable, *command.split(), str(published.tokenizer), "--out"]
 
 
