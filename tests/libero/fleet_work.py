@@ -10,7 +10,7 @@ import numpy as np
 
 from worldvla_libero.evaluation.episode_runner import Begin, EpisodeEnd, Fail, GoOn
 from worldvla_libero.evaluation.policy import Observation
-from worldvla_libero.jobs.job import StorageError
+from worldvla_libero.jobs.parts import StorageError
 
 
 @dataclass(frozen=True)

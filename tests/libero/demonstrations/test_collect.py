@@ -17,7 +17,7 @@ from worldvla_libero.demonstrations.collect import RECORD_FILE, Attempt, Demonst
 from worldvla_libero.demonstrations.experts import NoExpertError
 from worldvla_libero.demonstrations.replay import Replayer, ReplaySettings
 from worldvla_libero.hdf5 import HDF5Source
-from worldvla_libero.jobs.job import JobError, StorageError
+from worldvla_libero.jobs.parts import JobError, StorageError
 from worldvla_libero.simulator.suites import load_suite
 
 OPTIONS: dict[str, Any] = {}  # of `collect`, beside those that a test gives

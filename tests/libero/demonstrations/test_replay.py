@@ -19,8 +19,7 @@ from scipy.spatial.transform import Rotation
 from worldvla_libero.data.episodes import Episode, EpisodeError, NoEpisodeLeftError, Reason
 from worldvla_libero.demonstrations.replay import RECORD_FILE, Replayer, ReplaySettings, replay
 from worldvla_libero.hdf5 import HDF5Source
-from worldvla_libero.jobs.job import JobError, StorageError
-from worldvla_libero.jobs.parts import WORK_FOLDER
+from worldvla_libero.jobs.parts import WORK_FOLDER, JobError, StorageError
 from worldvla_libero.lerobot import LeRobotSource
 from worldvla_libero.simulator.protocols import OPENVLA
 from worldvla_libero.simulator.simulator import NO_MOTION, Simulator

@@ -27,7 +27,7 @@ from worldvla_libero.evaluation.records import (
     version_warnings,
 )
 from worldvla_libero.evaluation.run_files import RunError
-from worldvla_libero.jobs.job import JobError, StorageError
+from worldvla_libero.jobs.parts import JobError, StorageError
 from worldvla_libero.simulator.libero_files import InitialStateError
 from worldvla_libero.simulator.protocols import LEROBOT, OPENVLA
 from worldvla_libero.simulator.settling import Motion

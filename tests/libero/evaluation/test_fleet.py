@@ -10,7 +10,7 @@ from fleet_work import Answers, Runner
 from worldvla_libero.evaluation.episode_runner import EpisodePlan
 from worldvla_libero.evaluation.fleet import PolicyTimeLimitError, run_episodes
 from worldvla_libero.evaluation.policy import Needs
-from worldvla_libero.jobs.job import StorageError
+from worldvla_libero.jobs.parts import StorageError
 from worldvla_libero.jobs.pools import HerePool, ProcessPool, open_pool
 from worldvla_libero.jobs.processes import WorkerStartError
 from worldvla_libero.simulator.protocols import OPENVLA

@@ -22,7 +22,7 @@ from worldvla_libero.evaluation.world.backbones import Backbones
 from worldvla_libero.evaluation.world.metrics import frame_ssim, frechet_distance, psnr
 from worldvla_libero.evaluation.world.trajectories import open_trajectories
 from worldvla_libero.hdf5 import write_demonstrations
-from worldvla_libero.jobs.job import JobError
+from worldvla_libero.jobs.parts import JobError
 from worldvla_model import WorldVLA
 from worldvla_tokenizers import ActionTokenizer
 

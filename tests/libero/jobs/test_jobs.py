@@ -13,8 +13,8 @@ from types import ModuleType
 import pytest
 
 from worldvla_libero.data.episodes import EpisodeError, Reason
-from worldvla_libero.jobs.job import Job, JobError, StorageError
-from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped, ItemError
+from worldvla_libero.jobs.job import Job
+from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped, ItemError, JobError, StorageError
 
 HERE = Path(__file__).parents[1]
 DONE = "done.json"

@@ -34,7 +34,7 @@ from worldvla_libero.data.samples import ActionSamples, SampleWriter, TokenSampl
 from worldvla_libero.data.shards import TokenDataset, write_episodes
 from worldvla_libero.demonstrations.replay import Replayer, ReplaySettings
 from worldvla_libero.hdf5 import HDF5Source, write_demonstrations
-from worldvla_libero.jobs.job import JobError, StorageError
+from worldvla_libero.jobs.parts import JobError, StorageError
 from worldvla_libero.jobs.processes import Worker
 from worldvla_libero.prepare import (
     PrepareError,

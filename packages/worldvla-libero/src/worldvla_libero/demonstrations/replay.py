@@ -28,7 +28,8 @@ from worldvla_libero.data.episodes import (
     moving,
 )
 from worldvla_libero.hdf5 import HDF5Source, merge_demonstrations, write_demonstrations
-from worldvla_libero.jobs.job import Executor, Job, StartWorker
+from worldvla_libero.jobs.job import Executor, Job
+from worldvla_libero.jobs.local import StartWorker
 from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
 from worldvla_libero.lerobot import write_lerobot
 from worldvla_libero.simulator.libero_files import InitialStateError

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 from worldvla_libero.evaluation.policy import Needs, Observation, Policy
 from worldvla_libero.evaluation.rollout import PolicyError, drive, play
 from worldvla_libero.figures import save_image
-from worldvla_libero.jobs.job import storing
+from worldvla_libero.jobs.parts import storing
 from worldvla_libero.jobs.processes import trace_of
 from worldvla_libero.simulator.protocols import EvaluationProtocol
 from worldvla_libero.simulator.settling import unsettled

@@ -25,7 +25,7 @@ from worldvla_libero.evaluation.episode_runner import (
     Message,
 )
 from worldvla_libero.evaluation.policy import Observation, Policy
-from worldvla_libero.jobs.job import StorageError
+from worldvla_libero.jobs.parts import StorageError
 from worldvla_libero.jobs.pools import Pool, Seat
 from worldvla_libero.jobs.processes import WorkerKilledError
 from worldvla_libero.simulator.libero_files import LiberoNotInstalledError

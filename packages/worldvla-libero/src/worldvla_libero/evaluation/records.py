@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from worldvla_libero.evaluation.episode_runner import EpisodeEnd, EpisodePlan
 from worldvla_libero.evaluation.run_files import RunError, check_inside, parse_fields
-from worldvla_libero.jobs.job import StorageError
+from worldvla_libero.jobs.parts import StorageError
 from worldvla_libero.simulator.protocols import EvaluationProtocol
 from worldvla_libero.versions import PUBLISHED_VERSIONS
 from worldvla_tokenizers.files import write_text_atomic

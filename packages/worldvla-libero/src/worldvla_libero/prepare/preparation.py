@@ -23,7 +23,8 @@ from worldvla_libero.data.episodes import (
 from worldvla_libero.data.page import data_page
 from worldvla_libero.data.record import DATA_FOLDER, RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
 from worldvla_libero.data.shards import CARD_FILE, PAGE_FILE, TokenEpisode, read_episodes, write_episodes
-from worldvla_libero.jobs.job import Executor, Job, StartWorker
+from worldvla_libero.jobs.job import Executor, Job
+from worldvla_libero.jobs.local import StartWorker
 from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped
 from worldvla_libero.prepare.describe import DataPage, card, episodes_of, previews_of
 from worldvla_libero.prepare.parts import PART_SUFFIX, LoadEpisode, Tokenize
