@@ -18,7 +18,7 @@ from worldvla_libero.data.episodes import (
     check_episode,
     digest,
     fit_bounds,
-    moving,
+    motion_mask,
     split,
     spread,
 )
@@ -72,25 +72,25 @@ rows = st.tuples(*[components] * 6, st.sampled_from([OPEN, CLOSED, 0.25])).map(l
 
 @given(st.lists(rows, min_size=1, max_size=40))
 def test_the_filter_is_the_specified_one(actions):
-    assert moving(actions).tolist() == filtered_step_by_step(actions)
+    assert motion_mask(actions).tolist() == filtered_step_by_step(actions)
 
 
 @given(st.lists(rows, min_size=1, max_size=40))
 def test_filtering_twice_changes_nothing(actions):
-    once = np.array(actions)[moving(actions)]
-    assert moving(once.reshape(-1, 7)).all()
+    once = np.array(actions)[motion_mask(actions)]
+    assert motion_mask(once.reshape(-1, 7)).all()
 
 
 @pytest.mark.parametrize("gripper", [OPEN, CLOSED])
 def test_a_first_action_at_rest_is_a_noop_whatever_its_gripper(gripper):
-    assert moving([action(REST, gripper), action(MOVE, OPEN)]).tolist() == [False, True]
+    assert motion_mask([action(REST, gripper), action(MOVE, OPEN)]).tolist() == [False, True]
 
 
 def test_the_gripper_is_compared_with_the_last_kept_action_not_with_the_last():
     actions = [action(MOVE, OPEN), action(REST, CLOSED), action(REST, CLOSED), action(REST, OPEN)]
-    assert moving(actions).tolist() == [True, True, False, True]
+    assert motion_mask(actions).tolist() == [True, True, False, True]
     # The first is dropped: the gripper was not commanded by it, so the second, alike, is dropped as well.
-    assert moving([action(REST, CLOSED)] * 2 + [action(MOVE, OPEN), action(REST, CLOSED)]).tolist() == [
+    assert motion_mask([action(REST, CLOSED)] * 2 + [action(MOVE, OPEN), action(REST, CLOSED)]).tolist() == [
         False,
         False,
         True,
@@ -100,14 +100,18 @@ def test_the_gripper_is_compared_with_the_last_kept_action_not_with_the_last():
 
 def test_the_threshold_is_of_the_norm_of_six_dimensions():
     below, above = (9e-5, 0, 0, 0, 0, 4e-5), (9e-5, 0, 0, 0, 0, 5e-5)
-    assert moving([action(MOVE, OPEN), action(below, OPEN), action(above, OPEN)]).tolist() == [True, False, True]
+    assert motion_mask([action(MOVE, OPEN), action(below, OPEN), action(above, OPEN)]).tolist() == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_robots_of_other_widths_are_filtered_alike():
-    assert moving([[0.1, 0, 1], [0, 0, 1], [0, 0, 0]]).tolist() == [True, False, True]
-    assert moving(np.zeros((0, 7))).shape == (0,)
+    assert motion_mask([[0.1, 0, 1], [0, 0, 1], [0, 0, 0]]).tolist() == [True, False, True]
+    assert motion_mask(np.zeros((0, 7))).shape == (0,)
     with pytest.raises(ValueError, match=r"shape \(7,\); \(T, D\) needed"):
-        moving(np.zeros(7))
+        motion_mask(np.zeros(7))
 
 
 # Checks

@@ -31,10 +31,12 @@ class VideoWriter:
             file does not appear.
 
     Example:
-        ```python
-        with VideoWriter("rollout.mp4", fps=20) as video:
-            video.write(frame)  # (H, W, 3) uint8
-        ```
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rollout.mp4")
+        >>> with VideoWriter(path, fps=20) as video:
+        ...     video.write(np.zeros((64, 64, 3), np.uint8))
+        >>> path.is_file()
+        True
     """
 
     def __init__(self, path: str | os.PathLike[str], fps: float) -> None:

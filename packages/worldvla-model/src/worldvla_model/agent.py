@@ -61,11 +61,17 @@ class WorldVLA:
             close blocks, or prompts longer than its positions.
 
     Example:
-        ```python
-        agent = WorldVLA.from_pretrained("runs/libero_goal")
-        actions = agent.predict_actions([previous_frame, frame], "put the bowl on the plate")  # (K, 7)
-        imagined = agent.predict_frame([frame], actions[:1])  # (H, W, 3)
-        ```
+        >>> import numpy as np
+        >>> published = "tests/fixtures/published"
+        >>> agent = WorldVLA.from_pretrained(
+        ...     f"{published}/checkpoint", tokenizers=f"{published}/tokenizer", image_size=128
+        ... )
+        >>> frame = np.zeros((256, 256, 3), np.uint8)
+        >>> actions = agent.predict_actions([frame, frame], "put the bowl on the plate", num_actions=5)
+        >>> actions.shape
+        (5, 7)
+        >>> agent.predict_frame([frame], actions[:1]).shape
+        (128, 128, 3)
     """
 
     def __init__(self, model: WorldVLAForConditionalGeneration, processor: WorldVLAProcessor) -> None:

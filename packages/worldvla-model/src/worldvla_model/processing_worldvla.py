@@ -99,12 +99,15 @@ class WorldVLAProcessor:
     one image is a list of one. Called as transformers' processors are, it makes batches for `generate`.
 
     Example:
-        ```python
-        inputs = processor(images=[previous_frame, frame], text="put the bowl on the plate", return_tensors="pt")
-        (actions,) = processor.post_process_actions(model.generate(**inputs))  # (K, D)
-        inputs = processor(images=frame, actions=actions[0], return_tensors="pt")
-        (imagined,) = processor.post_process_images(model.generate(**inputs))  # (H, W, 3)
-        ```
+        >>> import numpy as np
+        >>> processor = WorldVLAProcessor.from_pretrained("tests/fixtures/published/tokenizer", image_size=128)
+        >>> frame = np.zeros((256, 256, 3), np.uint8)
+        >>> inputs = processor(images=[frame, frame], text="put the bowl on the plate", return_tensors="pt")
+        >>> sorted(inputs)
+        ['attention_mask', 'input_ids']
+
+        `processor.post_process_actions(model.generate(**inputs))` are then the actions, one (K, D) each; with
+        `actions=` instead of `text=`, `post_process_images` of what is generated are the frames.
 
     Raises:
         ImageError: the image tokenizer's codes have no ids in the vocabulary.

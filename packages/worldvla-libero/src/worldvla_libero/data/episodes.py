@@ -123,7 +123,11 @@ class Episode:
 
 
 class Source(Protocol):
-    """Demonstrations on disk. A source is small and can be pickled; each worker opens the files it reads."""
+    """Demonstrations on disk. A source is small and can be pickled; each worker opens the files it reads.
+
+    docs/architecture.md has one for `.npz` files in fifteen lines. For a format of one's own, `list` says which
+    episodes there are, and `read` puts under `actions`, `frames` and `instruction` what the files call otherwise.
+    """
 
     @property
     def name(self) -> str:
@@ -199,7 +203,7 @@ def check_episode(episode: Episode, *, dimensions: int | None = None, min_steps:
             )
 
 
-def moving(actions: ArrayLike) -> NDArray[np.bool_]:
+def motion_mask(actions: ArrayLike) -> NDArray[np.bool_]:
     """Tell actions from no-ops: the arm at rest and the gripper as in the last action that was kept.
 
     A first action with the arm at rest is a no-op whatever its gripper, for no gripper was commanded before it.

@@ -177,11 +177,12 @@ class TokenSamples(Sequence[Sample]):
         too_short: how many episodes have too few steps for any sample of this kind.
 
     Example:
-        ```python
-        data = TokenDataset.from_pretrained("my-data")
-        samples = TokenSamples(data, ActionSamples(history=2, actions=5), text)
-        ids, labels = samples[0]
-        ```
+        >>> from worldvla_libero.embedded import default_model_path, sample_data_path
+        >>> data = TokenDataset.from_pretrained(sample_data_path())
+        >>> text = TextTokenizer.from_pretrained(default_model_path())
+        >>> ids, labels = TokenSamples(data, ActionSamples(history=2, actions=5), text)[0]
+        >>> len(ids) == len(labels), ids[-1] == text.vocabulary.eot
+        (True, True)
     """
 
     def __init__(

@@ -25,7 +25,7 @@ from worldvla_libero.data.episodes import (
     Source,
     check_episode,
     digest,
-    moving,
+    motion_mask,
 )
 from worldvla_libero.hdf5 import HDF5Source, merge_demonstrations, write_demonstrations
 from worldvla_libero.jobs.job import Executor, Job
@@ -51,7 +51,7 @@ class ReplaySettings:
         image_size: width and height of the frames in pixels.
         cameras: names of cameras in LIBERO's scenes.
         wait_steps: steps of no motion in which the scene settles before the first action.
-        skip_noops: leave out actions that do nothing (see `episodes.moving`).
+        skip_noops: leave out actions that do nothing (see `episodes.motion_mask`).
         render: False to judge success alone, many times faster where the CPU renders.
     """
 
@@ -103,7 +103,7 @@ class Replayer:
             raise EpisodeError(
                 Reason.MISSING_KEY, f"{episode.id}: no 'states'; a replay begins with the first of them"
             )
-        actions = episode.actions[moving(episode.actions)] if self.settings.skip_noops else episode.actions
+        actions = episode.actions[motion_mask(episode.actions)] if self.settings.skip_noops else episode.actions
         if not len(actions):
             raise EpisodeError(Reason.TOO_SHORT, f"{episode.id}: all of its {len(episode)} actions are no-ops")
         simulator, render = self._open(episode), self.settings.render

@@ -58,13 +58,16 @@ class Job(Generic[Item, Result]):
             is at work on it.
 
     Example:
-        ```python
-        with Job(out, "dataset.json", settings) as job:
-            if not job.ended:
-                parts = job.run(items, work, store, suffix=".arrow", workers=4)
-                ...  # make the output of the parts
-                job.end({"episodes": len(parts)})
-        ```
+        >>> import math, tempfile
+        >>> out = Path(tempfile.mkdtemp(), "factorials")
+        >>> def store(result: int, path: Path) -> None:
+        ...     _ = path.write_text(str(result))
+        >>> with Job(out, "factorials.json", {"up to": 2}) as job:
+        ...     if not job.ended:
+        ...         parts = job.run({"1": 1, "2": 2}, math.factorial, store, suffix=".txt", workers=2)
+        ...         job.end({"sum": sum(int(part.read_text()) for part in parts.values())})
+        >>> job.content()
+        {'settings': {'up to': 2}, 'sum': 3}
     """
 
     def __init__(
