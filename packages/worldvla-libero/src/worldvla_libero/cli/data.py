@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from worldvla_libero.cli.model import Flat
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from worldvla_libero.jobs.parts import Dropped
+    from worldvla_libero.prepare import Plan, PrepareSettings
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
@@ -144,24 +148,63 @@ def replay(
     return EXIT_OK if any(row["kept"] for row in record["tasks"].values()) else EXIT_FAILED
 
 
+@dataclass(frozen=True)
+class ShardOptions:
+    """What token shards depend on, beside demonstrations and tokenizer.
+
+    Attributes:
+        image_size: Size in pixels at which frames are tokenized; by default as saved with the tokenizer, or 256.
+        camera: Whose frames, where there are several.
+        render_size: Size in pixels at which a replay renders; by default the image size.
+        min_steps: Drop episodes with fewer actions: the K of the longest chunk to be trained.
+        action_dim: Width of the actions; by default that of the first episode.
+        split: By trajectory (paper), or by task and trajectory as the published code does.
+        train_fraction: Share of the training split.
+        split_seed: Of the paper's split.
+        bounds_quantile: Cut action bounds at this quantile and one minus it, instead of minimum and maximum, which
+            a dimension that is nearly always one value (a gripper) keeps.
+        batch_size: Frames tokenized at once; above 1 near ties may fall otherwise than in the published codes.
+    """
+
+    image_size: int | None = None
+    camera: str | None = None
+    render_size: int | None = None
+    min_steps: int = 5
+    action_dim: int | None = None
+    split: Literal["paper", "published"] = "paper"
+    train_fraction: float = 0.9
+    split_seed: int = 0
+    bounds_quantile: float | None = None
+    batch_size: int = 1
+
+    def settings(self, image_size: int) -> PrepareSettings:
+        """The same as `prepare` takes it, for frames of this size."""
+        from worldvla_libero.demonstrations.replay import ReplaySettings
+        from worldvla_libero.prepare import PrepareSettings
+
+        return PrepareSettings(
+            image_size=image_size,
+            camera=self.camera,
+            replay=ReplaySettings(image_size=self.render_size or image_size),
+            min_steps=self.min_steps,
+            dimensions=self.action_dim,
+            split=self.split,
+            fraction=self.train_fraction,
+            seed=self.split_seed,
+            quantile=self.bounds_quantile,
+            batch_size=self.batch_size,
+        )
+
+
 def prepare(
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     out: Path = Path("worldvla-data"),
     tokenizer: str | None = None,
-    image_size: int | None = None,
-    camera: str | None = None,
     replay: Literal["auto", "always", "never"] = "auto",
-    render_size: int | None = None,
-    min_steps: int = 5,
-    action_dim: int | None = None,
-    split: Literal["paper", "published"] = "paper",
-    train_fraction: float = 0.9,
-    split_seed: int = 0,
-    bounds_quantile: float | None = None,
+    shards: Annotated[ShardOptions, Flat] = ShardOptions(),
     limit: int | None = None,
     workers: int = 1,
     device: str | None = None,
-    batch_size: int = 1,
     action_key: str | None = None,
     state_key: str | None = None,
     strict: bool = False,
@@ -178,75 +221,33 @@ def prepare(
         out: Folder for the shards, with a page that shows what is inside.
         tokenizer: Folder or Hub repository of the image tokenizer, or of a model with one inside; also
             hf://organisation/name@revision/sub/folder. By default the one of the default model.
-        image_size: Size in pixels at which frames are tokenized; by default as saved with the tokenizer, or 256.
-        camera: Whose frames, where there are several.
         replay: Whether to replay HDF5 files; auto replays those that name a LIBERO scene.
-        render_size: Size in pixels at which a replay renders; by default the image size.
-        min_steps: Drop episodes with fewer actions: the K of the longest chunk to be trained.
-        action_dim: Width of the actions; by default that of the first episode.
-        split: By trajectory (paper), or by task and trajectory as the published code does.
-        train_fraction: Share of the training split.
-        split_seed: Of the paper's split.
-        bounds_quantile: Cut action bounds at this quantile and one minus it, instead of minimum and maximum, which
-            a dimension that is nearly always one value (a gripper) keeps.
+        shards: What the result depends on.
         limit: Prepare so many episodes, taken turn by turn from every task.
         workers: Processes that read or replay; each needs a core.
         device: Where frames are tokenized; by default a GPU if there is one.
-        batch_size: Frames tokenized at once; above 1 near ties may fall otherwise than in the published codes.
         action_key: Name of the actions in a LeRobotDataset, where it is not the usual one.
         state_key: Name of the robot's state in a LeRobotDataset, where it is not the usual one.
         strict: Stop at the first episode that has to be dropped.
         executor: Ray runs workers and tokenizer on a cluster; all nodes need OUT at the same path.
         gpus: With Ray, GPUs of the tokenizing process.
     """
-    import shutil
-
-    from rich.filesize import decimal
     from rich.table import Table
 
-    from worldvla_libero.data.record import DATA_FOLDER, RECORD_FILE
+    from worldvla_libero.data.record import RECORD_FILE
     from worldvla_libero.data.shards import PAGE_FILE
-    from worldvla_libero.demonstrations.replay import ReplaySettings
     from worldvla_libero.embedded import default_model_path
-    from worldvla_libero.jobs.parts import WORK_FOLDER
-    from worldvla_libero.prepare import PrepareSettings, load_image_tokenizer, open_source, plan
+    from worldvla_libero.prepare import load_image_tokenizer, open_source, plan
     from worldvla_libero.prepare import prepare as run_prepare
 
     console = _console()
     place = default_model_path() if tokenizer is None else tokenizer
-    size = image_size or load_image_tokenizer(place).image_size or 256
     named = {"action_key": action_key, "state_key": state_key}
     keys: dict[str, Any] = {key: value for key, value in named.items() if value}
     demonstrations = open_source(source, replay={"auto": None, "always": True, "never": False}[replay], **keys)
-    settings = PrepareSettings(
-        image_size=size,
-        camera=camera,
-        replay=ReplaySettings(image_size=render_size or size),
-        min_steps=min_steps,
-        dimensions=action_dim,
-        split=split,
-        fraction=train_fraction,
-        seed=split_seed,
-        quantile=bounds_quantile,
-        batch_size=batch_size,
-    )
+    settings = shards.settings(shards.image_size or load_image_tokenizer(place).image_size or 256)
     planned = plan(demonstrations, settings, limit=limit)
-    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
-    # Of a run that was interrupted.
-    parts = [file for folder in (WORK_FOLDER, DATA_FOLDER) for file in (out / folder).rglob("*") if file.is_file()]
-    done = sum(file.stat().st_size for file in parts)
-    rendered = f"replayed at {settings.replay.image_size} px, " if planned.replayed else ""
-    console.print(
-        f"{len(planned.keys):,} episodes, {planned.steps:,} steps of {demonstrations.name}, "
-        f"camera {planned.camera}, {rendered}tokenized at {size} px: "
-        f"about {decimal(planned.bytes_final)} of shards, {decimal(planned.bytes_peak)} on the way, "
-        f"{decimal(free)} free" + (f" and {decimal(done)} done" if done else ""),
-        highlight=False,
-        markup=False,
-    )
-    _print_notes(console, planned.notes)
-    if planned.bytes_peak > free + done and not (out / RECORD_FILE).is_file():
-        raise OSError(f"{out}: about {decimal(planned.bytes_peak - done)} needed, {decimal(free)} free")
+    _announce(console, planned, settings, out)
     with _progress(console, "preparing", len(planned.keys)) as on_part:
         record = run_prepare(
             planned,
@@ -267,6 +268,37 @@ def prepare(
     _print_dropped(console, record.dropped, out / RECORD_FILE)
     console.print(f"see what is inside: {out / PAGE_FILE}", highlight=False, markup=False)
     return EXIT_OK
+
+
+def _announce(console: Console, plan: Plan, settings: PrepareSettings, out: Path) -> None:
+    """Say what a preparation will do.
+
+    Raises:
+        OSError: the disk does not hold it.
+    """
+    import shutil
+
+    from rich.filesize import decimal
+
+    from worldvla_libero.data.record import DATA_FOLDER, RECORD_FILE
+    from worldvla_libero.jobs.parts import WORK_FOLDER
+
+    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    # Of a run that was interrupted.
+    parts = [file for folder in (WORK_FOLDER, DATA_FOLDER) for file in (out / folder).rglob("*") if file.is_file()]
+    done = sum(file.stat().st_size for file in parts)
+    rendered = f"replayed at {settings.replay.image_size} px, " if plan.replayed else ""
+    console.print(
+        f"{len(plan.keys):,} episodes, {plan.steps:,} steps of {plan.source.name}, "
+        f"camera {plan.camera}, {rendered}tokenized at {settings.image_size} px: "
+        f"about {decimal(plan.bytes_final)} of shards, {decimal(plan.bytes_peak)} on the way, "
+        f"{decimal(free)} free" + (f" and {decimal(done)} done" if done else ""),
+        highlight=False,
+        markup=False,
+    )
+    _print_notes(console, plan.notes)
+    if plan.bytes_peak > free + done and not (out / RECORD_FILE).is_file():
+        raise OSError(f"{out}: about {decimal(plan.bytes_peak - done)} needed, {decimal(free)} free")
 
 
 @contextmanager
