@@ -5,12 +5,10 @@ The page is a single HTML file that needs no network and no JavaScript; equal in
 
 from __future__ import annotations
 
-import base64
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +16,8 @@ from numpy.typing import NDArray
 
 from worldvla_libero.data.record import DataRecord, SplitRecord
 from worldvla_libero.data.shards import TokenEpisode
-from worldvla_libero.jobs.parts import Dropped
-from worldvla_libero.pages.page import UNFOLDED, facts, folded, page, table, values_html
-from worldvla_libero.pages.panels import COLOURS, GREY, Panel, key_html, number, panels_html, percent
+from worldvla_libero.pages.page import render
+from worldvla_libero.pages.panels import COLOURS, GREY, Note, Panel, number, percent
 from worldvla_tokenizers import ActionTokenizer
 
 if TYPE_CHECKING:
@@ -75,17 +72,23 @@ def data_page(
     """
     survey = _survey(record.splits, episodes, actions)
     names = action_names or [f"dimension {d}" for d in range(actions.dimensions)]
-    described = {"fingerprint": record.fingerprint, "settings": record.settings, "versions": record.versions}
-    sections = {
-        "Tasks": _tasks(survey),
-        "Lengths": _lengths(survey.splits, record.control_hz),
-        "Actions": _actions(survey.splits, actions, names),
-        "Episodes": _contact_sheet(previews),
-        "Left out": _dropped(record.dropped),
-        "Loading": f"<pre><code>{escape(_LOADING.format(name=json.dumps(record.name)))}</code></pre>",
-        "Settings": values_html(described),
-    }
-    return page("Token data set for WorldVLA", record.name, _facts(survey, actions, record.control_hz), sections)
+    return render(
+        __package__,
+        "data.html",
+        name=record.name,
+        facts=_facts(survey, actions, record.control_hz),
+        tasks=_tasks(survey),
+        lengths=_lengths(survey.splits, record.control_hz),
+        colours={name: split.colour for name, split in survey.splits.items() if sum(split.lengths)},
+        actions=_actions(survey.splits, actions, names),
+        bins=actions.bins,
+        training=_TRAINING,
+        previews=_by_task(previews),
+        dropped=record.dropped,
+        reasons=Counter(one.reason for one in record.dropped).most_common(),
+        name_as_code=json.dumps(record.name),
+        settings={"fingerprint": record.fingerprint, "settings": record.settings, "versions": record.versions},
+    )
 
 
 @dataclass(eq=False)
@@ -150,47 +153,52 @@ def _survey(
     return survey
 
 
-def _facts(survey: _Survey, actions: ActionTokenizer, hz: float | None) -> str:
+def _facts(survey: _Survey, actions: ActionTokenizer, hz: float | None) -> dict[str, str]:
     lengths = [steps for split in survey.splits.values() for steps in split.lengths]
-    sizes = " or ".join(f"{rows} &times; {columns}" for rows, columns in sorted(survey.code_sizes))
-    return facts(
-        {
-            "episodes": f"{len(lengths):,}",
-            "steps": f"{sum(lengths):,}",
-            **({f"minutes at {hz:g} Hz": f"{sum(lengths) / hz / 60:,.1f}"} if hz else {}),
-            "tasks": f"{len(survey.instructions):,}",
-            "image codes per frame": sizes or "&ndash;",
-            f"action dimensions, {actions.bins} bins each": f"{actions.dimensions}",
-        }
-    )
+    sizes = " or ".join(f"{rows} \N{MULTIPLICATION SIGN} {columns}" for rows, columns in sorted(survey.code_sizes))
+    return {
+        "episodes": f"{len(lengths):,}",
+        "steps": f"{sum(lengths):,}",
+        **({f"minutes at {hz:g} Hz": f"{sum(lengths) / hz / 60:,.1f}"} if hz else {}),
+        "tasks": f"{len(survey.instructions):,}",
+        "image codes per frame": sizes or "\N{EN DASH}",
+        f"action dimensions, {actions.bins} bins each": f"{actions.dimensions}",
+    }
 
 
-def _tasks(survey: _Survey) -> str:
-    """Episodes and steps by task and split; the sum on top, where it stays in sight."""
-    splits = survey.splits.values()
-    columns = [(name, split.episodes, split.steps) for name, split in survey.splits.items()]
+@dataclass(frozen=True)
+class _TaskTable:
+    """Episodes and steps by task and split.
+
+    Attributes:
+        splits: names of the columns.
+        all: (episodes, steps) of each column.
+        tasks: name, one of its instructions, whether it has others, and (episodes, steps) of each column.
+    """
+
+    splits: Sequence[str]
+    all: Sequence[tuple[int, int]]
+    tasks: Sequence[tuple[str, str, bool, Sequence[tuple[int, int]]]]
+
+
+def _tasks(survey: _Survey) -> _TaskTable:
+    columns = {name: (split.episodes, split.steps) for name, split in survey.splits.items()}
+    counts = list(columns.values())
     if len(columns) > 1:
         none = Counter[str]()
-        columns.append(("all", sum((s.episodes for s in splits), none), sum((s.steps for s in splits), none)))
+        counts.append((sum((e for e, _ in counts), none), sum((s for _, s in counts), none)))
 
-    def row(head: str, tasks: Iterable[str]) -> str:
-        for _, episodes, steps in columns:
-            n, total = (sum(counts[task] for task in tasks) for counts in (episodes, steps))
-            head += f'<td class="n">{n:,}<small>{total:,} steps</small></td>'
-        return f"<tr>{head}</tr>"
+    def row(tasks: Collection[str]) -> list[tuple[int, int]]:
+        return [(sum(e[task] for task in tasks), sum(s[task] for task in tasks)) for e, s in counts]
 
-    rows = []
-    for task, told in sorted(survey.instructions.items()):
-        words = escape(told[0]) + (" <small>and others</small>" if len(told) > 1 else "")
-        rows.append(row(f"<td>{words}<small>{escape(task)}</small></td>", [task]))
-    heads = "".join(f'<th class="n">{escape(name)}</th>' for name, *_ in columns)
-    return table(f"<tr><th></th>{heads}</tr>{row('<th>all tasks</th>', survey.instructions)}", rows)
+    tasks = [(task, told[0], len(told) > 1, row([task])) for task, told in sorted(survey.instructions.items())]
+    return _TaskTable([*columns, *["all"] * (len(columns) > 1)], row(survey.instructions), tasks)
 
 
-def _lengths(splits: Mapping[str, _Split], hz: float | None) -> str:
+def _lengths(splits: Mapping[str, _Split], hz: float | None) -> list[Panel]:
     everything = [steps for split in splits.values() for steps in split.lengths]
     if not everything:
-        return ""
+        return []
     shortest, longest = min(everything), max(everything)
     width = (longest - shortest) // _LENGTH_BINS + 1
     edges = np.arange(shortest, longest + width + 1, width) - 0.5  # whole steps are amid their bin
@@ -209,14 +217,11 @@ def _lengths(splits: Mapping[str, _Split], hz: float | None) -> str:
         note = f"median {median:g} steps{seconds}, from {min(split.lengths):,} to {max(split.lengths):,}"
         return Panel(name, draw, f"histogram of episode lengths, {name}", [note])
 
-    panels = [panel(name, split) for name, split in splits.items()]
-    return f"<p>Number of episodes by their number of steps.</p>{panels_html(panels)}"
+    return [panel(name, split) for name, split in splits.items()]
 
 
-def _actions(splits: Mapping[str, _Split], actions: ActionTokenizer, names: Sequence[Any]) -> str:
+def _actions(splits: Mapping[str, _Split], actions: ActionTokenizer, names: Sequence[Any]) -> list[Panel]:
     filled = {name: split for name, split in splits.items() if sum(split.lengths)}
-    if not filled:
-        return ""
     end = actions.bins - 1  # the axis counts bins, which suits any unit; its labels are in data units
 
     def panel(d: int) -> Panel:
@@ -242,57 +247,19 @@ def _actions(splits: Mapping[str, _Split], actions: ActionTokenizer, names: Sequ
             axes.set_yticks((0, top / 4, top), ("0", percent(top / 4), percent(top)))
 
         used = sum(int(np.count_nonzero(s.counts[d])) for name, s in filled.items() if name == _TRAINING)
-        notes = [f"{used} of {actions.bins} bins used" + (", constant" if low == high else "")]
+        notes: list[str | Note] = [f"{used} of {actions.bins} bins used" + (", constant" if low == high else "")]
         for name, split in filled.items():
             n = split.outside[d]
-            clipped = f"<b>{n:,} clipped</b> ({percent(n / split.counts[d].sum())})" if n else "none clipped"
-            notes.append(f"{escape(name)}: {clipped}")
+            share = percent(n / split.counts[d].sum())
+            notes.append(Note(f"{name}: ", f"{n:,} clipped", f" ({share})") if n else f"{name}: none clipped")
         return Panel(str(names[d]), draw, f"share of values per bin, {names[d]}", notes)
 
-    return f"""<p>Share of the values in each of the {actions.bins} bins, on a square-root axis, over data units.
-The grey margins lie outside the bounds: values there are clipped to the outermost bins. A bin is used if a value
-of <i>{_TRAINING}</i> falls into it.</p>
-{key_html({name: split.colour for name, split in filled.items()})}
-{panels_html([panel(d) for d in range(actions.dimensions)])}"""
+    return [panel(d) for d in range(actions.dimensions)] if filled else []
 
 
-def _contact_sheet(previews: Sequence[Preview]) -> str:
+def _by_task(previews: Sequence[Preview]) -> dict[tuple[str, str], list[Preview]]:
+    """Previews of each task and instruction."""
     groups: dict[tuple[str, str], list[Preview]] = {}
     for preview in previews:
         groups.setdefault((preview.task, preview.instruction), []).append(preview)
-    html = []
-    for (task, instruction), members in groups.items():
-        strips = []
-        for preview in members:
-            source = f"data:image/jpeg;base64,{base64.b64encode(preview.strip).decode()}"
-            strips.append(
-                f'<figure class="strip"><div><img alt="frames of {escape(preview.episode)}" src="{source}"></div>'
-                f"<figcaption><b>{escape(preview.split)}</b><br>{escape(preview.episode)}</figcaption></figure>"
-            )
-        title = f"{escape(instruction)} <small>{escape(task)}</small>"
-        html.append(folded(title, "\n".join(strips), len(groups)))
-    body = "\n".join(html)
-    return body if len(groups) <= UNFOLDED else f'<div class="scroll">{body}</div>'
-
-
-def _dropped(dropped: Sequence[Dropped]) -> str:
-    if not dropped:
-        return "<p>Nothing was left out.</p>"
-    reasons = Counter(one.reason for one in dropped).most_common()
-    counts = [f'<tr><td>{escape(reason)}</td><td class="n">{n:,}</td></tr>' for reason, n in reasons]
-    rows = ["<tr>" + "".join(f"<td>{escape(words)}</td>" for words in one) + "</tr>" for one in dropped]
-    head = "<tr><th>episode or file</th><th>reason</th><th>what was wrong</th></tr>"
-    return table("", counts) + folded(f"All {len(dropped):,}, one by one", table(head, rows), len(dropped))
-
-
-_LOADING = """\
-from worldvla_libero.data.samples import ActionSamples, TokenSamples
-from worldvla_libero.data.shards import TokenDataset
-from worldvla_tokenizers import TextTokenizer
-
-data = TokenDataset.from_pretrained({name}, split="train")  # this folder, or a data set on the Hub
-episode = data[0]  # .instruction, .codes (T, rows, columns), .actions (T, D)
-
-text = TextTokenizer.from_pretrained("folder-of-your-model")
-samples = TokenSamples(data, ActionSamples(history=2, actions=5), text)
-ids, labels = samples[0]"""
+    return groups

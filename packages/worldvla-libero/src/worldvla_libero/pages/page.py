@@ -1,14 +1,47 @@
-"""What all pages have in common: one HTML file each, without network or JavaScript, on screen, phone and paper."""
+"""What all pages have in common: one HTML file each, without network or JavaScript, on screen, phone and paper.
+
+A room keeps its templates in a folder `templates`; they extend and import those that lie here as `pages/…`.
+"""
 
 from __future__ import annotations
 
+import base64
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from html import escape
 from string import Template
 from typing import Any
 
+from jinja2 import ChoiceLoader, Environment, PackageLoader, PrefixLoader, StrictUndefined
+
 UNFOLDED = 20  # so many parts are spread out; among more, each is folded away
+
+
+def render(package: str, template: str, **values: Any) -> str:
+    """Fill a template in. Words are escaped.
+
+    Args:
+        package: whose folder `templates` it lies in.
+        template: name of the file.
+        values: by their names in the template, which must use none that is missing.
+    """
+    return _environment(package).get_template(template).render(values)
+
+
+@functools.cache
+def _environment(package: str) -> Environment:
+    shared = PrefixLoader({"pages": PackageLoader(__package__)})
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package), shared]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
+    return environment
 
 
 def page(kicker: str, name: str, head: str, sections: Mapping[str, str]) -> str:

@@ -42,6 +42,15 @@ _STYLE = {
 
 
 @dataclass(frozen=True)
+class Note:
+    """A line of which a part is emphasised."""
+
+    before: str
+    emphasised: str
+    after: str
+
+
+@dataclass(frozen=True)
 class Panel:
     """A figure with its title and what is to be said about it.
 
@@ -49,7 +58,7 @@ class Panel:
         title: above it.
         draw: onto axes; None where there is nothing to draw.
         alt: what it shows, in words.
-        notes: below it, in HTML, a line each.
+        notes: below it, a line each.
         height: of the figure in inches, tick labels included; 3.7 is its width.
         left: of the axes, in inches.
         right: of the axes, in inches.
@@ -58,19 +67,19 @@ class Panel:
     title: str
     draw: Callable[[Axes], None] | None
     alt: str = ""
-    notes: Sequence[str] = ()
+    notes: Sequence[str | Note] = ()
     height: float = 1.4
     left: float = 0.518
     right: float = 0.296
 
     def html(self) -> str:
         """Title, figure and notes."""
-        figure = "" if self.draw is None else f'<img alt="{escape(self.alt)}" src="{self._svg()}">'
-        notes = f"<figcaption>{'<br>'.join(self.notes)}</figcaption>"
+        figure = "" if self.draw is None else f'<img alt="{escape(self.alt)}" src="{self.svg()}">'
+        notes = f"<figcaption>{'<br>'.join(map(str, self.notes))}</figcaption>"
         return f"<figure><h3>{escape(self.title)}</h3>{figure}{notes}</figure>\n"
 
-    def _svg(self) -> str:
-        """As the address of an image: without background, in colours for white and, brighter, for black."""
+    def svg(self) -> str:
+        """The figure as an image's address: without background, in colours for white and, brighter, for black."""
         prepare_matplotlib()
         from matplotlib import rc_context
         from matplotlib.figure import Figure
