@@ -133,6 +133,7 @@ def train_recipe(
     if limit is not None and limit < 1:
         raise RecipeError(f"limit is {limit} steps; allowed: 1 and above")
     folder = Path(out)
+    # 1. Data, processor and model, which have to fit each other
     splits = _open_data(recipe, data)
     processor = _processor(recipe, splits["train"], tokenizer, init)
     splits["train"].check_tokenizer(processor.images)
@@ -143,6 +144,7 @@ def train_recipe(
     for samples in (mixture, held_out):
         _check_lengths(samples, model.config)
 
+    # 2. Is it the run that is in this folder, and how far has that come?
     arguments, steps = _arguments(recipe, mixture, folder, options)
     record = {
         "recipe": _plain(recipe),
@@ -167,6 +169,7 @@ def train_recipe(
         return finished_record
     # One of the target itself was left by a run that was killed before it wrote the model.
     done = [path for path in checkpoints(folder) if _step_of(path) <= target]
+    # 3. Train
     log = RunLog(folder, step=_step_of(done[-1]) if done else 0) if arguments.process_index == 0 else None
     callbacks: list[TrainerCallback] = [_Stop(limit)] if limit is not None else []
     trainer = WorldVLATrainer(
@@ -185,6 +188,7 @@ def train_recipe(
         )
         write_text_atomic(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
     trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+    # 4. Look at it once more, write the model and what became of it
     finished = trainer.state.global_step
     looks = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
     if held_out is not None and finished not in looks:  # it was stopped before its time
