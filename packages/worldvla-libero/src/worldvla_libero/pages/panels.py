@@ -6,7 +6,6 @@ import base64
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,12 +71,6 @@ class Panel:
     left: float = 0.518
     right: float = 0.296
 
-    def html(self) -> str:
-        """Title, figure and notes."""
-        figure = "" if self.draw is None else f'<img alt="{escape(self.alt)}" src="{self.svg()}">'
-        notes = f"<figcaption>{'<br>'.join(map(str, self.notes))}</figcaption>"
-        return f"<figure><h3>{escape(self.title)}</h3>{figure}{notes}</figure>\n"
-
     def svg(self) -> str:
         """The figure as an image's address: without background, in colours for white and, brighter, for black."""
         prepare_matplotlib()
@@ -99,17 +92,6 @@ class Panel:
         place = (x + self.left) / width, (y + _BELOW) / height, inner[0] / width, inner[1] / height
         assert self.draw is not None
         self.draw(figure.add_axes(place))
-
-
-def panels_html(panels: Sequence[Panel], *, pairs: bool = False) -> str:
-    """Panels beside each other, as many as the page is wide; two by two if they are pairs."""
-    return f'<div class="panels{" pairs" * pairs}">{"".join(panel.html() for panel in panels)}</div>'
-
-
-def key_html(colours: Mapping[str, str]) -> str:
-    """What the colours mean."""
-    items = [f'<i style="background:{colour}"></i><span>{escape(name)}</span>' for name, colour in colours.items()]
-    return f'<p class="key">{"".join(items)}</p>'
 
 
 def save_panels(

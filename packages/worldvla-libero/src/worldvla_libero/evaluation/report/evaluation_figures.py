@@ -57,7 +57,7 @@ def success_panel(
         runs: those that ran the suite.
         suite: whose episodes; all without one.
         published: between 0 and 1, by model.
-        notes: below it, in HTML.
+        notes: below it, a line each.
     """
     row = 1.15 * _ROW
     height = row * (len(runs) + len(published)) + 2 * _EDGE

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+from typing import Any
 
 from worldvla_libero.evaluation.published_results import EPISODES_PER_TASK, SOURCE
 from worldvla_libero.evaluation.records import RESULTS_FILE, EpisodeRecord
@@ -18,9 +19,9 @@ from worldvla_libero.evaluation.report.evaluation_run import EvaluationRun
 from worldvla_libero.evaluation.report.evaluation_tables import (
     Tasks,
     count,
-    episode_tables,
     interval,
     latency_table,
+    listed_episodes,
     paired_table,
     same_start,
     share,
@@ -29,9 +30,9 @@ from worldvla_libero.evaluation.report.evaluation_tables import (
     success_table,
     task_table,
 )
-from worldvla_libero.evaluation.report.media import Media, episode_videos, failure_sheets, run_label
-from worldvla_libero.pages.page import differences, table, values_html
-from worldvla_libero.pages.panels import Panel, key_html, panels_html
+from worldvla_libero.evaluation.report.media import Media, episode_videos, failure_sheets
+from worldvla_libero.pages.page import Card, differences
+from worldvla_libero.pages.panels import Panel
 from worldvla_libero.simulator.protocols import OPENVLA
 from worldvla_libero.versions import SIMULATOR
 
@@ -39,45 +40,42 @@ _STATED_OTHERWISE = ("name", "max_steps", "episodes_per_task")  # of a protocol:
 _SUITE_SIZES = {"libero_90": 90}  # all others have ten tasks
 
 
-def evaluation_card(run: EvaluationRun) -> str:
+def evaluation_card(run: EvaluationRun) -> Card:
     """A run at a glance."""
     rate = run.rate()
-    lines = [f"{rate.successes} of {rate.episodes} episodes succeeded; 95&nbsp;% interval {interval(rate)}"]
-    if rate.errors:
-        lines.append(f'<span class="alarm">{count(rate.errors, "error")}, counted apart</span>')
-    if run.info is None:
-        lines.append('<span class="alarm">interrupted, or still running</span>')
-    policy = escape(run.policy) or "policy not recorded"
-    return (
-        f'<article style="--run: {run.colour}"><h3>{escape(run.name)}</h3>'
-        f"<p><small>{policy}, protocol {escape(run.episodes[0].protocol)}</small></p>"
-        f"<p><b>{share(rate)}</b></p><p><small>{'<br>'.join(lines)}</small></p></article>"
+    line = (
+        f"{rate.successes} of {rate.episodes} episodes succeeded; 95\N{NO-BREAK SPACE}% interval {interval(rate)}"
     )
+    alarms = [f"{count(rate.errors, 'error')}, counted apart"] if rate.errors else []
+    if run.info is None:
+        alarms.append("interrupted, or still running")
+    about = f"{run.policy or 'policy not recorded'}, protocol {run.episodes[0].protocol}"
+    return Card(run.name, run.colour, about, share(rate), [line], alarms)
 
 
 def evaluation_notes(runs: Sequence[EvaluationRun]) -> list[str]:
-    """What a reader must know before comparing numbers; HTML."""
+    """What a reader must know before comparing numbers."""
     notes = []
     for run in runs:
         if run.info is None:
             notes.append(
-                f"{escape(run.name)} was interrupted or is still running: it has no {RESULTS_FILE}. "
+                f"{run.name} was interrupted or is still running: it has no {RESULTS_FILE}. "
                 f"Its numbers are those of the {count(len(run.episodes), 'episode')} recorded so far."
             )
-        notes += [f"{escape(run.name)}: {escape(warning)}" for warning in run.warnings]
+        notes += [f"{run.name}: {warning}" for warning in run.warnings]
     notes += differences({run.name: _conditions(run) for run in runs})
     for run in runs[1:]:
         shared = list(shared_episodes(runs[0], run))
         others = sum(not same_start(*pair) for pair in shared)
         if others:
             notes.append(
-                f"{others:,} of {count(len(shared), 'episode')} that {escape(run.name)} shares with "
-                f"{escape(runs[0].name)} began from another initial state or with another seed; "
+                f"{others:,} of {count(len(shared), 'episode')} that {run.name} shares with "
+                f"{runs[0].name} began from another initial state or with another seed; "
                 "they are in no pair."
             )
     every = {episode.key for run in runs for episode in run.episodes}
     if any(len(run.episodes) < len(every) for run in runs):
-        counts = ", ".join(f"{escape(run.name)} {len(run.episodes):,}" for run in runs)
+        counts = ", ".join(f"{run.name} {len(run.episodes):,}" for run in runs)
         notes.append(
             f"Not every run has every episode: of {len(every):,}, {counts}. Rates are over different sets."
         )
@@ -99,28 +97,30 @@ def evaluation_figures(runs: Sequence[EvaluationRun], tasks: Tasks) -> dict[str,
     }
 
 
-def evaluation_sections(
+def evaluation_values(
     runs: Sequence[EvaluationRun], tasks: Tasks, figures: Mapping[str, Sequence[Panel]], media: Media
-) -> dict[str, str]:
-    """All sections of evaluations: HTML by title."""
-    key = key_html({run.name: run.colour for run in runs})
-    sections = {
-        "Errors": _errors(runs),
-        "Success": f"""<p>Share of the episodes that reached the goal, with Wilson's 95 % interval. Errors are in
-none of these numbers. Grey: as published ({SOURCE}, Table 2), without intervals and of {EPISODES_PER_TASK}
-episodes a task.</p>{panels_html(figures["success"])}{success_table(runs, tasks)}{paired_table(runs)}""",
-        "Tasks": f"""{key}<p>Success: of the episodes that ran to their end, with Wilson's 95 %
-interval; ✕ counts errors. Steps: a tick for each success, a dot and a number at their median; the axis ends at the
-step limit.</p>{panels_html(figures["tasks"], pairs=True)}{task_table(runs, tasks)}{steps_table(runs, tasks)}""",
-        "Where it fails": failure_sheets(runs, tasks),
-        "Latency": f'{key}{panels_html(figures["latency"])}{latency_table(runs)}',
-        "Videos": episode_videos(runs, tasks, media),
-        "Episodes": episode_tables(runs, tasks, media),
-        "Record": "".join(run_label(run) + values_html(_record(run)) for run in runs),
-    }  # fmt: skip
-    if not sections["Where it fails"]:
-        sections["Where it fails"] = "<p>No episode ended at the step limit.</p>"
-    return sections
+) -> dict[str, Any]:
+    """What the sections of evaluations show, by its name in their template."""
+    return {
+        "runs": runs,
+        "colours": {run.name: run.colour for run in runs},
+        "source": SOURCE,
+        "episodes_per_task": EPISODES_PER_TASK,
+        "tasks": tasks,
+        "figures": figures,
+        "errors": _errors(runs),
+        "ended_in_error": count(sum(run.rate().errors for run in runs), "episode"),
+        "success_table": success_table(runs, tasks),
+        "paired_table": paired_table(runs),
+        "task_table": task_table(runs, tasks),
+        "steps_table": steps_table(runs, tasks),
+        "latency_table": latency_table(runs),
+        "failures": failure_sheets(runs, tasks),
+        "videos": episode_videos(runs, tasks, media),
+        "recorded_videos": len({e.key for run in runs for e in run.episodes if e.video}),
+        "episodes": listed_episodes(runs, tasks, media),
+        "records": [(run, _record(run)) for run in runs],
+    }
 
 
 def _conditions(run: EvaluationRun) -> dict[str, str]:
@@ -141,35 +141,49 @@ def _suite_panel(runs: Sequence[EvaluationRun], suite: str) -> Panel:
     for run in present if published else ():
         tried = {episode.task for episode in run.of(suite)}
         if len(tried) < size:
-            notes.append(f"{escape(run.name)}: {len(tried)} of the suite's {size} tasks")
+            notes.append(f"{run.name}: {len(tried)} of the suite's {size} tasks")
         limit = run.of(suite)[0].max_steps
         if limit != OPENVLA.max_steps[suite]:
-            notes.append(f"{escape(run.name)}: step limit {limit}; published with {OPENVLA.max_steps[suite]}")
+            notes.append(f"{run.name}: step limit {limit}; published with {OPENVLA.max_steps[suite]}")
     return success_panel(suite, present, suite, published, notes)
 
 
-def _errors(runs: Sequence[EvaluationRun]) -> str:
-    groups: dict[tuple[str, ...], list[EpisodeRecord]] = {}
+@dataclass(frozen=True)
+class _Error:
+    """Errors of a kind.
+
+    Attributes:
+        times: how often it happened.
+        run: name of the run it happened in.
+        origin: whose it is.
+        type: of the exception.
+        message: of the exception.
+        episodes: that ended in it, in words.
+        traceback: of the first, if it has one.
+    """
+
+    times: int
+    run: str
+    origin: str
+    type: str
+    message: str
+    episodes: str
+    traceback: str
+
+
+def _errors(runs: Sequence[EvaluationRun]) -> list[_Error]:
+    groups: dict[tuple[str, str, str, str], list[EpisodeRecord]] = {}
     for run in runs:
         for episode in run.episodes:
             if episode.outcome == "error" and (error := episode.error) is not None:
-                kind = (run.name, *(error.get(name, "") for name in ("origin", "type", "message")))
-                groups.setdefault(kind, []).append(episode)
-    if not groups:
-        return ""
-    rows = []
-    for (name, origin, error_type, message), episodes in groups.items():
-        trace = escape((episodes[0].error or {}).get("traceback", ""))
+                origin, error_type, message = (error.get(name, "") for name in ("origin", "type", "message"))
+                groups.setdefault((run.name, origin, error_type, message), []).append(episode)
+    found = []
+    for kind, episodes in groups.items():
         which = ", ".join(f"{e.suite}/{e.task} episode {e.episode}" for e in episodes[:5])
         which += f" and {len(episodes) - 5} more" if len(episodes) > 5 else ""
-        told = f"<b>{escape(error_type)}</b>: {escape(message)}<small>{escape(which)}</small>"
-        told += f"<details><summary>traceback of the first</summary><pre>{trace}</pre></details>" if trace else ""
-        cells = f"<td>{escape(name)}</td><td>{escape(origin)}</td>"
-        rows.append(f'<tr><td class="n">{len(episodes):,}</td>{cells}<td>{told}</td></tr>')
-    total = sum(len(episodes) for episodes in groups.values())
-    return f"""<div class="box"><p class="alarm">{count(total, "episode")} ended in an error.</p>
-<p>An error is no failure of the policy and in no success rate: the rates say little until it is mended.</p></div>
-{table('<tr><th class="n"></th><th>run</th><th>origin</th><th>error</th></tr>', rows)}"""
+        found.append(_Error(len(episodes), *kind, which, (episodes[0].error or {}).get("traceback", "")))
+    return found
 
 
 def _record(run: EvaluationRun) -> dict[str, object]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import quote
@@ -22,7 +20,6 @@ from worldvla_libero.evaluation.report.evaluation_run import EvaluationRun
 from worldvla_libero.evaluation.report.world_run import WorldRun
 from worldvla_libero.evaluation.run_files import RunError
 from worldvla_libero.figures import save_strips
-from worldvla_libero.pages.page import folded
 
 _THUMBNAIL = 144  # pixels, larger than shown, for sharp screens and paper
 _SHOWN_FAILURES = 12  # of a task and run
@@ -47,39 +44,64 @@ class Media:
         return quote(os.path.relpath(path.resolve(), self.out.resolve()).replace(os.sep, "/"))
 
 
-def run_label(run: EvaluationRun | WorldRun, words: str = "") -> str:
-    """The name of a run in its colour, and what is said of it."""
-    text = escape(f"{run.name}: {words}" if words else run.name)
-    return f'<p class="key"><i style="background:{run.colour}"></i><span>{text}</span></p>'
+@dataclass(frozen=True)
+class Picture:
+    """The last frame of an episode.
+
+    Attributes:
+        episode: its number.
+        alt: what the picture shows, in words; why there is none.
+        jpeg: None where there is none.
+    """
+
+    episode: int
+    alt: str
+    jpeg: bytes | None
 
 
-def failure_sheets(runs: Sequence[EvaluationRun], tasks: Mapping[tuple[str, int], str]) -> str:
-    """Last frames of failed episodes, by task and run."""
-    groups = []
-    for key, instruction in tasks.items():
-        sheets = []
+@dataclass(frozen=True)
+class Sheet:
+    """Failed episodes of a task and run: the run, how many there are in words, and the first of them."""
+
+    run: EvaluationRun
+    words: str
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video that is embedded: the run it is of, what is said of it, what it shows in words, and the file."""
+
+    run: EvaluationRun | WorldRun
+    words: str
+    alt: str
+    mp4: bytes
+
+
+def failure_sheets(
+    runs: Sequence[EvaluationRun], tasks: Iterable[tuple[str, int]]
+) -> dict[tuple[str, int], list[Sheet]]:
+    """Last frames of failed episodes by task, for each run; of tasks that no run failed, none."""
+    sheets: dict[tuple[str, int], list[Sheet]] = {}
+    for key in tasks:
         for run in runs:
             failed = [e for e in run.of(*key) if e.outcome == "failure"]
             if failed:
-                label = f"{len(failed)} of {run.rate(*key).episodes} failed"
+                words = f"{len(failed)} of {run.rate(*key).episodes} failed"
                 if len(failed) > _SHOWN_FAILURES:
-                    label += f"; the first {_SHOWN_FAILURES} are shown"
-                shown = "".join(_thumbnail(run, episode) for episode in failed[:_SHOWN_FAILURES])
-                sheets.append(f'{run_label(run, label)}<div class="sheet">{shown}</div>')
-        if sheets:
-            groups.append((f"{escape(instruction)} <small>{escape(key[0])}/{key[1]}</small>", "\n".join(sheets)))
-    return "\n".join(folded(title, body, len(groups)) for title, body in groups)
+                    words += f"; the first {_SHOWN_FAILURES} are shown"
+                shown = [_picture(run, episode) for episode in failed[:_SHOWN_FAILURES]]
+                sheets.setdefault(key, []).append(Sheet(run, words, shown))
+    return sheets
 
 
-def _thumbnail(run: EvaluationRun, episode: EpisodeRecord) -> str:
-    what = f"episode {episode.episode}"
-    caption = f"<figcaption>{what}</figcaption>"
-    if episode.last_frame is None or not (path := run.folder / episode.last_frame).is_file():
-        reason = "no picture was kept" if episode.last_frame is None else "its picture is gone"
-        return f"<figure><figcaption>{reason}</figcaption>{caption}</figure>"
-    alt = f"last frame of {what} of {episode.instruction}, {run.name}"
-    source = base64.b64encode(thumbnail(path)).decode()
-    return f'<figure><img alt="{escape(alt)}" src="data:image/jpeg;base64,{source}">{caption}</figure>'
+def _picture(run: EvaluationRun, episode: EpisodeRecord) -> Picture:
+    if episode.last_frame is None:
+        return Picture(episode.episode, "no picture was kept", None)
+    if not (path := run.folder / episode.last_frame).is_file():
+        return Picture(episode.episode, "its picture is gone", None)
+    alt = f"last frame of episode {episode.episode} of {episode.instruction}, {run.name}"
+    return Picture(episode.episode, alt, thumbnail(path))
 
 
 def save_failures(path: Path, runs: Sequence[EvaluationRun], tasks: Mapping[tuple[str, int], str]) -> None:
@@ -151,54 +173,43 @@ def chosen_videos(
     return [*turns, *broken][:count]
 
 
-def episode_videos(runs: Sequence[EvaluationRun], tasks: Mapping[tuple[str, int], str], media: Media) -> str:
+def episode_videos(
+    runs: Sequence[EvaluationRun], tasks: Mapping[tuple[str, int], str], media: Media
+) -> dict[tuple[str, int, int], list[Video]]:
     """Videos of chosen episodes, those of one episode beside each other."""
-    chosen = chosen_videos(runs, tasks, media.videos)
-    html = []
-    for key in chosen:
-        title = f"{escape(tasks[key[:2]])} <small>{escape(key[0])}/{key[1]}, episode {key[2]}</small>"
-        tiles = []
+    videos: dict[tuple[str, int, int], list[Video]] = {}
+    for key in chosen_videos(runs, tasks, media.videos):
         for run in runs:
             episode = next((e for e in run.of(*key[:2]) if e.episode == key[2]), None)
             if episode is not None and episode.video and (path := run.folder / episode.video).is_file():
                 words = f"{episode.outcome} after {episode.steps} steps"
                 alt = f"video of episode {key[2]} of {tasks[key[:2]]}, {run.name}: {words}"
-                head = f"<h3>{title}</h3>" if len(runs) == 1 else ""
-                tiles.append(f"<figure>{_video(path, alt)}{run_label(run, words)}{head}</figure>")
-        block = "".join(tiles)
-        html.append(block if len(runs) == 1 else f'<h3>{title}</h3><div class="tiles">{block}</div>')
-    body = "\n".join(html) if len(runs) > 1 or not html else f'<div class="tiles">{"".join(html)}</div>'
-    recorded = {e.key for run in runs for e in run.episodes if e.video}
-    if len(recorded) > len(chosen):
-        body += (
-            f"<p>{len(chosen)} of {len(recorded)} recorded episodes are embedded; the others are linked from the "
-            'list of <a href="#episodes">episodes</a>, as long as their folders stay where they are.</p>'
-        )
-    return body
+                videos.setdefault(key, []).append(Video(run, words, alt, path.read_bytes()))
+    return videos
 
 
-def world_videos(runs: Sequence[WorldRun], media: Media) -> str:
-    """Rollouts of world models, true beside imagined: the first embedded, the others linked."""
-    html = []
+@dataclass(frozen=True)
+class Rollouts:
+    """Rollouts of a world model, true beside imagined: the first embedded, of the others addresses by id."""
+
+    run: WorldRun
+    videos: Sequence[Video]
+    links: Sequence[tuple[str, str]]
+
+
+def world_videos(runs: Sequence[WorldRun], media: Media) -> list[Rollouts]:
+    """Rollouts of each run that has any."""
+    found = []
     for run in runs:
-        tiles, links = list[str](), list[str]()
+        videos, links = list[Video](), list[tuple[str, str]]()
         for episode in run.content["episodes"]:
             if not episode.get("videos") or not (path := run.folder / episode["videos"]).is_file():
                 continue
             words = f"{episode['task']}, {episode['frames']} frames from step {episode['start']}"
-            if len(tiles) < media.videos:
-                tiles.append(f"<figure>{_video(path, words)}<figcaption>{escape(words)}</figcaption></figure>")
+            if len(videos) < media.videos:
+                videos.append(Video(run, words, words, path.read_bytes()))
             else:
-                links.append(f'<a href="{media.link(path)}">{escape(str(episode["id"]))}</a>')
-        if tiles or links:
-            more = f"<p>More: {', '.join(links)}</p>" if links else ""
-            html.append(f'{run_label(run)}<div class="tiles">{"".join(tiles)}</div>{more}')
-    return "\n".join(html)
-
-
-def _video(path: Path, alt: str) -> str:
-    source = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f'<video controls muted loop playsinline preload="metadata" aria-label="{escape(alt)}" '
-        f'src="data:video/mp4;base64,{source}"></video>'
-    )
+                links.append((episode["id"], media.link(path)))
+        if videos or links:
+            found.append(Rollouts(run, videos, links))
+    return found

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
 
 from worldvla_libero.evaluation.records import EPISODES_FILE
 from worldvla_libero.evaluation.report.evaluation_page import (
     evaluation_card,
     evaluation_figures,
     evaluation_notes,
-    evaluation_sections,
+    evaluation_values,
 )
 from worldvla_libero.evaluation.report.evaluation_run import EvaluationRun, read_evaluation, task_order
 from worldvla_libero.evaluation.report.media import Media, save_failures
@@ -22,13 +22,13 @@ from worldvla_libero.evaluation.report.world_page import (
     world_card,
     world_notes,
     world_panels,
-    world_sections,
+    world_values,
 )
 from worldvla_libero.evaluation.report.world_run import WorldRun, read_world
 from worldvla_libero.evaluation.run_files import RunError
 from worldvla_libero.evaluation.world.record import RECORD_FILE as WORLD_FILE
 from worldvla_libero.jobs.parts import WORK_FOLDER
-from worldvla_libero.pages.page import page
+from worldvla_libero.pages.page import render
 from worldvla_libero.pages.panels import COLOURS, Panel, save_panels
 from worldvla_tokenizers.files import staged_folder, write_text_atomic
 
@@ -67,21 +67,30 @@ def write_report(
     media = Media(out, videos)
     cards = [evaluation_card(run) for run in evaluations] + [world_card(run) for run in worlds]
     names = dict.fromkeys(run.name for runs in (evaluations, worlds) for run in runs)
-    sections: dict[str, str] = {}
+    evaluation_part, world_part = dict[str, Any](), dict[str, Any]()
     with staged_folder(out) as stage:
         if evaluations:
             figures = evaluation_figures(evaluations, tasks)
-            sections |= evaluation_sections(evaluations, tasks, figures, media)
+            evaluation_part = evaluation_values(evaluations, tasks, figures, media)
             _save_pictures(stage, figures, evaluations)
             save_failures(stage / "failures.png", evaluations, tasks)
         if worlds:
             panels = world_panels(worlds)
-            sections |= world_sections(worlds, panels, media)
+            world_part = world_values(worlds, panels, media)
             if panels:
                 save_world_panels(stage / "world.png", worlds, panels)
         files = sorted(file.name for file in stage.iterdir())
-        head = _head(cards, [*evaluation_notes(evaluations), *world_notes(worlds)], files)
-        write_text_atomic(stage / PAGE_FILE, page("worldvla report", " · ".join(names), head, sections))
+        page = render(
+            __package__,
+            "report.html",
+            name=" · ".join(names),
+            cards=cards,
+            notes=[*evaluation_notes(evaluations), *world_notes(worlds)],
+            pictures=files,
+            evaluations=evaluation_part,
+            worlds=world_part,
+        )
+        write_text_atomic(stage / PAGE_FILE, page)
     for name in PICTURES:  # of other runs that were reported here before
         if name not in files:
             (out / name).unlink(missing_ok=True)
@@ -122,13 +131,6 @@ def _save_pictures(folder: Path, figures: Mapping[str, Sequence[Panel]], runs: S
         if any(panel.draw for panel in panels):
             colours = {run.name: run.colour for run in runs}
             save_panels(folder / f"{name}.png", panels, colours, columns=2 if name == "tasks" else 3)
-
-
-def _head(cards: Sequence[str], notes: Sequence[str], files: Sequence[str]) -> str:
-    """What comes before all sections: every run at a glance, what to beware of, the pictures."""
-    warned = f'<ul class="box">{"".join(f"<li>{note}</li>" for note in notes)}</ul>' if notes else ""
-    links = ", ".join(f'<a href="{escape(name)}">{escape(name)}</a>' for name in files)
-    return f'<div class="cards">{"".join(cards)}</div>{warned}<p><small>Figures as pictures: {links}</small></p>'
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

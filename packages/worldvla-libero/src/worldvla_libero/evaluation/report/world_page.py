@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worldvla_libero.evaluation.published_results import IMAGINATION, SOURCE
-from worldvla_libero.evaluation.report.media import Media, run_label, world_videos
+from worldvla_libero.evaluation.published_results import IMAGINATION, SOURCE, PublishedImagination
+from worldvla_libero.evaluation.report.media import Media, world_videos
 from worldvla_libero.evaluation.report.world_run import WorldRun
 from worldvla_libero.evaluation.world.metrics import mean_interval
 from worldvla_libero.evaluation.world.record import FRAME_METRICS, KINDS, METRICS
-from worldvla_libero.pages.page import differences, numbers, values_html
-from worldvla_libero.pages.panels import GREY, Panel, key_html, panels_html, save_panels
+from worldvla_libero.pages.page import Card, Cell, Table, differences
+from worldvla_libero.pages.panels import GREY, Panel, save_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LINES = dict(zip(KINDS, ("-", "--", ":"), strict=True))
 
-_DASH = "&ndash;"
+_DASH = "\N{EN DASH}"
 _LABEL_SPACE = 0.11  # between labels, as a share of the axes
 _SHOWN = 27  # letters of what a network is called; of the SHA-256 of its weights a part will do
 _RESAMPLES = 1000  # of the interval of each frame; the horizons' own have more
@@ -40,7 +39,7 @@ _COMPARED = {  # key of `world.json`: what it is
 }
 
 
-def world_card(run: WorldRun) -> str:
+def world_card(run: WorldRun) -> Card:
     """A run at a glance: the metric that needs no backbone, at the longest horizon it was computed for."""
     horizons = {int(frames): row for frames, row in run.content["horizons"].items() if row.get("psnr")}
     longest = max(horizons, default=None)
@@ -53,42 +52,37 @@ def world_card(run: WorldRun) -> str:
         ("reconstructed", "at best, with its tokenizer"),
     ):
         if psnr.get(kind):
-            lines.append(f"{_cell(psnr[kind], interval=False)} dB {words}")
-    if run.content["not_computed"]:
-        lines.append(f'<span class="alarm">not computed: {escape(", ".join(run.content["not_computed"]))}</span>')
-    what = f"{run.content['model']}, on {run.content['data']}"
-    return (
-        f'<article style="--run: {run.colour}"><h3>{escape(run.name)}</h3><p><small>{escape(what)}</small></p>'
-        f"<p><b>{_cell(psnr.get('imagined'), interval=False)} dB</b></p><p><small>{'<br>'.join(lines)}</small></p>"
-        "</article>"
-    )
+            lines.append(f"{_mean(psnr[kind])} dB {words}")
+    missing = ", ".join(run.content["not_computed"])
+    about = f"{run.content['model']}, on {run.content['data']}"
+    value = f"{_mean(psnr.get('imagined'))} dB"
+    return Card(run.name, run.colour, about, value, lines, [f"not computed: {missing}"] if missing else [])
 
 
 def world_notes(runs: Sequence[WorldRun]) -> list[str]:
-    """What a reader must know before comparing numbers; HTML."""
+    """What a reader must know before comparing numbers."""
     return [
-        f"{escape(run.name)}: its true frames are drawn from codes, which leaves the image tokenizer's own loss "
+        f"{run.name}: its true frames are drawn from codes, which leaves the image tokenizer's own loss "
         "out. Its numbers do not compare with those against camera frames, as the paper's are taken to be."
         for run in runs
         if run.content["truth"] != "camera"
     ] + differences({run.name: _conditions(run) for run in runs})
 
 
-def world_sections(runs: Sequence[WorldRun], panels: Sequence[Panel], media: Media) -> dict[str, str]:
-    """All sections of world models: HTML by title."""
-    key = key_html({run.name: run.colour for run in runs})
-    reasons = "".join(
-        run_label(run) + values_html(run.content["not_computed"]) for run in runs if run.content["not_computed"]
-    )
-    missing = f"<h3>Not computed, and why</h3>{reasons}" if reasons else ""
+def world_values(runs: Sequence[WorldRun], panels: Sequence[Panel], media: Media) -> dict[str, Any]:
+    """What the sections of world models show, by its name in their template."""
+    coded = [run.name for run in runs if run.content["truth"] != "camera"]
     return {
-        "World model": f"""{key}<p>Each frame is imagined from the imagined one before it and the true action; mean
-over clips, and its 95 % interval. Dashed: the last true frame, kept as it is; any model should beat it. Dotted:
-the true frame, encoded and decoded; the best that this image tokenizer allows.</p>
-{panels_html(panels)}
-{_step_table(runs)}{_horizon_tables(runs)}{missing}""",
-        "Imagined videos": world_videos(runs, media),
-        "World record": "".join(run_label(run) + values_html(_record(run)) for run in runs),
+        "runs": runs,
+        "colours": {run.name: run.colour for run in runs},
+        "source": SOURCE,
+        "panels": panels,
+        "step_table": _step_table(runs),
+        "horizon_tables": _horizon_tables(runs, IMAGINATION if len(coded) < len(runs) else ()),
+        "coded": coded,
+        "not_computed": [(run, run.content["not_computed"]) for run in runs if run.content["not_computed"]],
+        "videos": world_videos(runs, media),
+        "records": [(run, _record(run)) for run in runs],
     }
 
 
@@ -173,7 +167,7 @@ def _curve_panel(runs: Sequence[WorldRun], metric: str) -> Panel:
 
     notes = ["frames imagined; band: 95 % interval of the mean"]
     absent = [run for run in runs if run not in present]
-    notes += [f"{escape(run.name)}: not computed" for run in absent]
+    notes += [f"{run.name}: not computed" for run in absent]
     names = ", ".join(run.name for run in present)
     alt = f"{METRICS[metric]} over frames imagined, of {names}; the table below has the numbers"
     return Panel(METRICS[metric], draw, alt, notes, height=2.3, left=0.45, right=0.95)
@@ -188,41 +182,35 @@ def _label_ends(axes: Axes, ends: Mapping[str, float]) -> None:
         axes.text(1.02, place, kind, transform=axes.transAxes, va="center", fontsize=8.5)
 
 
-def _step_table(runs: Sequence[WorldRun]) -> str:
+def _step_table(runs: Sequence[WorldRun]) -> Table:
     columns = [(run, metric, kind) for metric in FRAME_METRICS for run in runs for kind in KINDS]
     means = [mean_curve(run, metric, kind)[0] for run, metric, kind in columns]
     filled = [(column, mean) for column, mean in zip(columns, means, strict=True) if np.isfinite(mean).any()]
     longest = max((len(mean) for _, mean in filled), default=0)
-    head = ["frame"]
-    for (run, metric, kind), _ in filled:
-        head.append(f"{metric.upper()} {kind}" + (f"<small>{escape(run.name)}</small>" if len(runs) > 1 else ""))
+    heads = [
+        Cell(f"{metric.upper()} {kind}", run.name if len(runs) > 1 else "") for (run, metric, kind), _ in filled
+    ]
     rows = [[f"{t + 1}", *(_number(m[t]) if t < len(m) else _DASH for _, m in filled)] for t in range(longest)]
-    return numbers("Numbers: mean over clips, frame by frame", head, rows)
+    return Table("Numbers: mean over clips, frame by frame", ["frame", *heads], rows)
 
 
-def _horizon_tables(runs: Sequence[WorldRun]) -> str:
-    """One table a horizon; the paper's numbers where it has that horizon and a run has the camera's frames."""
-    html = []
-    coded = [run.name for run in runs if run.content["truth"] != "camera"]
-    beside = IMAGINATION if len(coded) < len(runs) else ()
+def _horizon_tables(runs: Sequence[WorldRun], beside: Sequence[PublishedImagination]) -> list[Table]:
+    """One table a horizon, and the published numbers that have it."""
+    names, tables = [run.name for run in runs], []
     for frames in sorted({int(frames) for run in runs for frames in run.content["horizons"]}):
         published = [row for row in beside if frames in row.metrics]
         judged = [run.content["horizons"].get(str(frames)) for run in runs]
-        rows = [["clips", *(str(row["episodes"]) if row else _DASH for row in judged),
-                 *("not stated" for _ in published)]]  # fmt: skip
+        clips = [str(row["episodes"]) if row else _DASH for row in judged]
+        rows: list[list[str | Cell]] = [["clips", *clips, *("not stated" for _ in published)]]
         for metric, title in METRICS.items():
             cells = [(row or {}).get(metric) for row in judged]
             for kind in KINDS:
                 printed = [_number(row.metrics[frames][metric]) if kind == "imagined" else "" for row in published]
                 own = [_cell(cell.get(kind)) if cell else "not computed" for cell in cells]
                 rows.append([f"{title.split(',')[0]} {kind}", *own, *printed])
-        head = ["", *(escape(run.name) for run in runs), *(f"<i>{row.model}</i>" for row in published)]
-        html.append(numbers(f"Over {frames} frames", head, rows, opened=True))
-    told = f"In italics: as published ({SOURCE}, Table 4), on LIBERO's own validation trajectories."
-    if coded:
-        told = f"{told} Not" if beside else f"The paper's numbers ({SOURCE}, Table 4) are left out: they are not"
-        told += f" to be compared with {escape(', '.join(coded))}, whose true frames are drawn from codes."
-    return "".join(html) + (f"<p>{told} FVD depends on the number of clips.</p>" if html else "")
+        models = [Cell(row.model, published=True) for row in published]
+        tables.append(Table(f"Over {frames} frames", ["", *names, *models], rows, opened=True))
+    return tables
 
 
 def _record(run: WorldRun) -> dict[str, Any]:
@@ -234,13 +222,14 @@ def _record(run: WorldRun) -> dict[str, Any]:
     return {"folder": str(run.folder), **shown, "episodes": episodes}
 
 
-def _cell(value: Any, *, interval: bool = True) -> str:
+def _cell(value: Any) -> Cell:
     """A mean with its interval, or a bare number."""
-    if not isinstance(value, Mapping):
-        return _DASH if value is None else _number(float(value))
-    known = interval and value["low"] is not None  # of one clip there is none
-    within = f"<small>{_number(value['low'])} … {_number(value['high'])}</small>" if known else ""
-    return _number(value["mean"]) + within
+    known = isinstance(value, Mapping) and value["low"] is not None  # of one clip there is none
+    return Cell(_mean(value), f"{_number(value['low'])} … {_number(value['high'])}" if known else "")
+
+
+def _mean(value: Any) -> str:
+    return _number(value["mean"] if isinstance(value, Mapping) else value)
 
 
 def _number(value: float | None) -> str:
