@@ -16,9 +16,10 @@ from worldvla_libero.data.episodes import Episode
 from worldvla_libero.data.record import RECORD_FILE, DataRecord, SplitRecord, fingerprint_of
 from worldvla_libero.data.shards import TokenEpisode, write_episodes
 from worldvla_libero.evaluation import imagine as imagining
-from worldvla_libero.evaluation.imagine import ImagineSettings, imagine
+from worldvla_libero.evaluation.imagine import imagine
 from worldvla_libero.evaluation.report import write_report
 from worldvla_libero.evaluation.world.backbones import Backbones
+from worldvla_libero.evaluation.world.clips import ImagineSettings
 from worldvla_libero.evaluation.world.metrics import frame_ssim, frechet_distance, psnr
 from worldvla_libero.evaluation.world.trajectories import open_trajectories
 from worldvla_libero.hdf5 import write_demonstrations

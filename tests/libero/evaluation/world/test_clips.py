@@ -3,8 +3,7 @@
 import pytest
 
 from worldvla_libero.data.episodes import EpisodeKey
-from worldvla_libero.evaluation.imagine import ImagineSettings
-from worldvla_libero.evaluation.world.clips import ClipError, choose_clips
+from worldvla_libero.evaluation.world.clips import ClipError, ImagineSettings, choose_clips
 
 KEYS = [EpisodeKey(f"a/demo_{n}", "a", steps) for n, steps in enumerate((40, 12, 3, 60))]
 KEYS += [EpisodeKey("b/demo_0", "b", 51)]

@@ -76,10 +76,9 @@ def imagine(
     """
     import torch
 
-    from worldvla_libero.evaluation.imagine import ImagineSettings
     from worldvla_libero.evaluation.imagine import imagine as run_imagine
     from worldvla_libero.evaluation.world.backbones import load_backbones
-    from worldvla_libero.evaluation.world.clips import choose_clips
+    from worldvla_libero.evaluation.world.clips import ImagineSettings, choose_clips
     from worldvla_libero.evaluation.world.trajectories import open_trajectories
     from worldvla_tokenizers.sequence import WORLD_PROMPTS
 

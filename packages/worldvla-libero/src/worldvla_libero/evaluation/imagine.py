@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from worldvla_libero.data.episodes import Frames, digest
 from worldvla_libero.evaluation.report.world_page import save_world_panels, world_panels
 from worldvla_libero.evaluation.report.world_run import WorldRun
 from worldvla_libero.evaluation.world.backbones import Backbones, load_backbones
-from worldvla_libero.evaluation.world.clips import Clip, ClipError, ClipKey, choose_clips
+from worldvla_libero.evaluation.world.clips import Clip, ClipError, ClipKey, ImagineSettings, choose_clips
 from worldvla_libero.evaluation.world.metrics import frame_lpips, frame_psnr, frame_ssim
 from worldvla_libero.evaluation.world.record import PSNR_LIMIT, RECORD_FILE, VIDEO_FOLDER, Results
 from worldvla_libero.evaluation.world.trajectories import Trajectories
@@ -36,43 +36,6 @@ STRIPS_FILE = "frames.png"
 
 _PART_SUFFIX = ".npz"
 _STRIP_FRAMES = 8
-
-
-@dataclass(frozen=True)
-class ImagineSettings:
-    """What is imagined; the defaults are the paper's.
-
-    Attributes:
-        frames: horizons; a clip is imagined once, as far as the longest that fits, and judged at each.
-        episodes: trajectories, one clip of each, taken turn by turn from every task; None for all.
-        context: h, true frames that the model is shown; from then on it sees but its own.
-        rounds: N, frames that follow from one prompt (see `WorldVLA.imagine`).
-        start: step of the last true frame shown; None to draw it for each trajectory.
-        seed: of that draw.
-
-    Raises:
-        ValueError: no horizon, or a value out of its range.
-    """
-
-    frames: tuple[int, ...] = (10, 50)
-    episodes: int | None = None
-    context: int = 1
-    rounds: int = 1
-    start: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "frames", tuple(sorted(set(self.frames))))
-        for name, value, least in (
-            ("frames", min(self.frames, default=0), 1),
-            ("episodes", 1 if self.episodes is None else self.episodes, 1),
-            ("context", self.context, 1),
-            ("rounds", self.rounds, 1),
-            ("seed", self.seed, 0),
-            ("start", self.context - 1 if self.start is None else self.start, self.context - 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} is {value}; allowed: {least} and above")
 
 
 def imagine(

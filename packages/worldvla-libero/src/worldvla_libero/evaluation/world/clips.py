@@ -6,19 +6,53 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worldvla_libero.data.episodes import EpisodeKey, Frames, spread
 
-if TYPE_CHECKING:
-    from worldvla_libero.evaluation.imagine import ImagineSettings
-
 
 class ClipError(ValueError):
     """Trajectories that no clip can be taken of, or that are not there."""
+
+
+@dataclass(frozen=True)
+class ImagineSettings:
+    """What is imagined; the defaults are the paper's.
+
+    Attributes:
+        frames: horizons; a clip is imagined once, as far as the longest that fits, and judged at each.
+        episodes: trajectories, one clip of each, taken turn by turn from every task; None for all.
+        context: h, true frames that the model is shown; from then on it sees but its own.
+        rounds: N, frames that follow from one prompt (see `WorldVLA.imagine`).
+        start: step of the last true frame shown; None to draw it for each trajectory.
+        seed: of that draw.
+
+    Raises:
+        ValueError: no horizon, or a value out of its range.
+    """
+
+    frames: tuple[int, ...] = (10, 50)
+    episodes: int | None = None
+    context: int = 1
+    rounds: int = 1
+    start: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frames", tuple(sorted(set(self.frames))))
+        for name, value, least in (
+            ("frames", min(self.frames, default=0), 1),
+            ("episodes", 1 if self.episodes is None else self.episodes, 1),
+            ("context", self.context, 1),
+            ("rounds", self.rounds, 1),
+            ("seed", self.seed, 0),
+            ("start", self.context - 1 if self.start is None else self.start, self.context - 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; allowed: {least} and above")
 
 
 class ClipKey(NamedTuple):
