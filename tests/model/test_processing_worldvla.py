@@ -148,7 +148,7 @@ def test_bad_input(published, processor, tmp_path):
         processor.action_prompt([frame], "  ")
     with pytest.raises(SequenceError, match="1 images and 2 actions"):
         processor.world_prompt([frame], np.zeros((2, 7)))
-    with pytest.raises(SettingsError, match=r"unknown settings colour; allowed: image_size"):
+    with pytest.raises(SettingsError, match=r"unknown settings colour; allowed: action_prompt"):
         WorldVLAProcessor.from_pretrained(published.tokenizer, colour="blue")
     with pytest.raises(PretrainedFilesError, match="tokenizer"):
         WorldVLAProcessor.from_pretrained(tmp_path)

@@ -5,7 +5,6 @@ import pytest
 
 from worldvla_libero.data.samples import (
     ActionSamples,
-    Prompts,
     SampleWriter,
     TokenSamples,
     VideoSamples,
@@ -14,7 +13,7 @@ from worldvla_libero.data.samples import (
 )
 from worldvla_libero.data.shards import TokenDataset
 from worldvla_tokenizers import ActionTokenizer, TextTokenizer, sequence
-from worldvla_tokenizers.sequence import ActionBlock, ImageBlock, Marker, TextBlock
+from worldvla_tokenizers.sequence import ActionBlock, ImageBlock, Marker, Prompts, TextBlock
 
 KINDS = [
     ActionSamples(1, 1),

@@ -27,7 +27,7 @@ from worldvla_tokenizers.files import (
 from worldvla_tokenizers.image import FOLDER_NAME as IMAGE_FOLDER_NAME
 from worldvla_tokenizers.image import LARGEST_SIZE, UNIT, ImageError, fit
 from worldvla_tokenizers.image import MODEL_SETTINGS_NAME as FILE_NAME
-from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
+from worldvla_tokenizers.sequence import Prompts, Sample
 from worldvla_tokenizers.signatures import read_json
 from worldvla_tokenizers.vocabulary import TOKENIZER_NAMES
 
@@ -37,18 +37,14 @@ class SettingsError(ValueError):
 
 
 @dataclass(frozen=True)
-class ProcessorSettings:
-    """What a checkpoint was trained with, apart from its weights.
+class ProcessorSettings(Prompts):
+    """What a checkpoint was trained with, apart from its weights: `Prompts`, and sizes.
 
     Attributes:
         image_size: pixels; every image is cropped and scaled to about this size squared. This is where a model's
             image size is kept: the image tokenizer inside takes it over.
         history_length: M, images of an action prompt (one at the first step of an episode).
         num_actions: K, actions of a chunk; None where the model itself ends the chunk.
-        action_prompt: text before the images, with `{instruction}`.
-        world_prompt: text before frames and actions.
-        video_prompt: text before the images of video prediction, with `{instruction}`.
-        labels: what is supervised, `published` or `paper`.
 
     Raises:
         SettingsError: a value of another type, or out of its range.
@@ -57,10 +53,6 @@ class ProcessorSettings:
     image_size: int = 256
     history_length: int = 2
     num_actions: int | None = None
-    action_prompt: str = ACTION_PROMPT
-    world_prompt: str = WORLD_PROMPTS["published"]
-    video_prompt: str = VIDEO_PROMPT
-    labels: LabelRule = "published"
 
     def __post_init__(self) -> None:
         for name in ("image_size", "history_length", "num_actions"):

@@ -41,6 +41,23 @@ WORLD_PROMPTS = {
 VIDEO_PROMPT = "Generate the future image based on the task and current image.{instruction}"
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Texts of the prompts, and what is supervised.
+
+    Attributes:
+        action_prompt: text before the images, with `{instruction}`.
+        world_prompt: text before frames and actions.
+        video_prompt: text before the images of video prediction, with `{instruction}`.
+        labels: what is supervised, `published` or `paper`.
+    """
+
+    action_prompt: str = ACTION_PROMPT
+    world_prompt: str = WORLD_PROMPTS["published"]
+    video_prompt: str = VIDEO_PROMPT
+    labels: LabelRule = "published"
+
+
 class SequenceError(ValueError):
     """Ids, codes or actions that do not form the blocks they should."""
 

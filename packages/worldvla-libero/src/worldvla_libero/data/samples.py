@@ -4,34 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worldvla_libero.data.shards import TokenDataset, TokenEpisode
 from worldvla_tokenizers import ActionTokenizer, TextTokenizer, sequence
-from worldvla_tokenizers.sequence import ACTION_PROMPT, VIDEO_PROMPT, WORLD_PROMPTS, LabelRule, Sample
-
-if TYPE_CHECKING:
-    from worldvla_model.processing_worldvla import ProcessorSettings
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Texts of the prompts and what is supervised; the `settings` of a model's processor say the same.
-
-    Attributes:
-        action_prompt: text before the images, with `{instruction}`.
-        world_prompt: text before frames and actions.
-        video_prompt: text before the images of video prediction, with `{instruction}`.
-        labels: what is supervised, `published` or `paper`.
-    """
-
-    action_prompt: str = ACTION_PROMPT
-    world_prompt: str = WORLD_PROMPTS["published"]
-    video_prompt: str = VIDEO_PROMPT
-    labels: LabelRule = "published"
+from worldvla_tokenizers.sequence import Prompts, Sample
 
 
 class SampleWriter:
@@ -43,9 +23,7 @@ class SampleWriter:
         settings: prompts and label rule: `Prompts`, or the settings of a model's processor.
     """
 
-    def __init__(
-        self, text: TextTokenizer, actions: ActionTokenizer, settings: Prompts | ProcessorSettings = Prompts()
-    ) -> None:
+    def __init__(self, text: TextTokenizer, actions: ActionTokenizer, settings: Prompts = Prompts()) -> None:
         self.text, self.settings, self.vocabulary = text, settings, text.vocabulary
         self.actions = actions.encode  # (n, D) in data units → (n, D) ids
         self._known: dict[str, list[int]] = {}
@@ -192,7 +170,7 @@ class TokenSamples(Sequence[Sample]):
         text: TextTokenizer,
         *,
         actions: ActionTokenizer | None = None,
-        settings: Prompts | ProcessorSettings = Prompts(),
+        settings: Prompts = Prompts(),
     ) -> None:
         self.data, self.kind = data, kind
         self.writer = SampleWriter(text, actions or data.actions, settings)
