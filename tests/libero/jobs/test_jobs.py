@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from worldvla_libero.data.episodes import EpisodeError, Reason
+from worldvla_libero.data.episodes import Reason
 from worldvla_libero.jobs.job import Job
 from worldvla_libero.jobs.parts import WORK_FOLDER, Dropped, ItemError, JobError, StorageError
 
@@ -430,7 +430,7 @@ def test_failures_on_ray_are_those_of_here(tmp_path, jobs, whole):
     fails(RuntimeError, "UnportableError: here: not portable", jobs.fail_unportably_at_two)
     fails(StorageError, r"002: cannot be written to .*\.work \(No space left", store=jobs.store_on_a_full_disk)
     fails(JobError, "a worker process could not start on Ray", jobs.Unstartable())
-    fails(EpisodeError, "item 3: “too short”", strict=True)
+    fails(ItemError, "item 3: “too short”", strict=True)
     with (
         Job(tmp_path / "out", DONE, {"of": "letters"}) as job,
         pytest.raises(ValueError, match="'wanted' needs the"),
