@@ -152,11 +152,11 @@ def test_an_episode_without_a_seed_is_placed_by_the_protocol(blind, short):
 @pytest.mark.parametrize(
     ("changes", "reason", "message"),
     [
-        ({"states": None}, Reason.MISSING_KEY, "no 'states'; a replay begins with the first of them"),
+        ({"states": None}, Reason.MISSING_KEY, "no 'states', one row of numbers a step; a replay begins with"),
         (
             {"states": np.zeros((0, 110))},
             Reason.MISSING_KEY,
-            "no 'states'; a replay begins with the first of them",
+            "no 'states', one row of numbers a step; a replay begins with",
         ),
         ({"states": np.zeros((1, 79))}, Reason.NO_SIMULATION, r"has shape \(79,\); \(110,\) finite values needed"),
         ({"states": np.full((1, 110), np.nan)}, Reason.NO_SIMULATION, "finite values needed"),

@@ -395,6 +395,17 @@ def test_no_episode_is_lost_for_its_proprioception(tmp_path, observed, expected)
     assert (None if found is None else found.shape) == expected
 
 
+@pytest.mark.parametrize(
+    "states", [1.0, np.ones(9), np.ones((STEPS, 2, 3)), np.array([b"x"] * STEPS), np.ones((1, 20))]
+)
+def test_no_episode_is_lost_for_states_that_only_a_replay_needs(tmp_path, states):
+    raw = ONE | {"states": states, "robot_states": np.ones((1, 9))}
+    write(tmp_path / "milk_demo.hdf5", raw, bddl_file_name="milk.bddl")
+    read = HDF5Source(tmp_path, replay=False).read("milk_demo/demo_0", ["agentview"])
+    fits = np.ndim(states) == 2
+    assert (read.states is not None) == (read.robot_states is not None) == fits
+
+
 def test_a_set_too_small_for_validation_says_so(tmp_path):
     write(tmp_path / "a_demo.hdf5", ONE, ONE, ONE, language_instruction="a")
     settings = PrepareSettings(image_size=32, min_steps=1)

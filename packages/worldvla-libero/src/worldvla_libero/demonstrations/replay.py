@@ -101,7 +101,8 @@ class Replayer:
         check_episode(replace(episode, frames={}), dimensions=ACTION_DIM)
         if episode.states is None or not len(episode.states):
             raise EpisodeError(
-                Reason.MISSING_KEY, f"{episode.id}: no 'states'; a replay begins with the first of them"
+                Reason.MISSING_KEY,
+                f"{episode.id}: no 'states', one row of numbers a step; a replay begins with the first of them",
             )
         actions = episode.actions[motion_mask(episode.actions)] if self.settings.skip_noops else episode.actions
         if not len(actions):

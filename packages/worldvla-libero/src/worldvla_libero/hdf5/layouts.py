@@ -372,9 +372,17 @@ def robot_states_of(demo: h5py.Group) -> NDArray[np.float64] | None:
     if "robot_states" not in demo:
         return None
     states = _columns(demo["robot_states"], len(demo["actions"]))
-    if states is None and "states" in demo:
-        states = _columns(demo["robot_states"], len(demo["states"]))
+    if states is None and (of_simulator := simulator_states_of(demo)) is not None:
+        states = _columns(demo["robot_states"], len(of_simulator))
     return states if states is not None and states.shape[1] == 9 else None
+
+
+def simulator_states_of(demo: h5py.Group) -> NDArray[np.float64] | None:
+    """(T or 1, S) states of the simulator; None where there are none of this form, which only a replay needs."""
+    array = demo.get("states")
+    if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "uif" or array.ndim != 2:
+        return None
+    return np.asarray(array, dtype=np.float64)
 
 
 def _joined(observed: Mapping[str, Any], keys: Sequence[str], steps: int) -> NDArray[np.float64] | None:

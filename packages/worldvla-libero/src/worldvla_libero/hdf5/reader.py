@@ -37,6 +37,7 @@ from worldvla_libero.hdf5.layouts import (
     proprioception_of,
     robot_states_of,
     scene_of,
+    simulator_states_of,
     text_of,
     unread_images_of,
     words_of,
@@ -199,7 +200,6 @@ class HDF5Source:
                     raise EpisodeError(
                         Reason.MISSING_KEY, f"{id}: no frames of camera {camera!r}; existing: {known}"
                     )
-            states = demo.get("states")
             seed = demo.attrs.get("seed")
             task = self._listing.tasks[id]
             raw = "bddl_file_name" in data.attrs
@@ -211,7 +211,7 @@ class HDF5Source:
                 frames={camera: frames_of(id, demo, camera) for camera in cameras},
                 proprioception=proprioception_of(demo, raw=raw),
                 robot_states=robot_states_of(demo) if raw else None,
-                states=None if states is None else np.asarray(states, dtype=np.float64),
+                states=simulator_states_of(demo),
                 seed=None if seed is None else int(seed),
                 versions={n: text_of(data.attrs[n]) for n in _DISTRIBUTIONS if n in data.attrs},
                 control_hz=_control_hz(data),
