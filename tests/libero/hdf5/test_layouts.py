@@ -5,8 +5,8 @@ path of the machine it was made on, problem_info as JSON, macros_image_conventio
 run), OpenVLA's regeneration (no attributes at all), robomimic (env_args, `low_dim_v15.hdf5`, a group `mask`
 beside `data`), RoboCasa (words as `lang` in the JSON of ep_meta, one per episode), Cosmos-Policy
 (task_description per episode, frames as JPEG of varying length), ALOHA's compressed frames (rows padded with
-zeros), Isaac Lab (RGBA, float), and converters that put the words on the file, into a data set, or into an array
-of one.
+zeros), Isaac Lab (RGBA, float, `states` as a group), and converters that put the words on the file, into a data
+set, or into an array of one.
 """
 
 import io
@@ -48,6 +48,40 @@ def write(path: Path, *demos: dict, file: dict | None = None, each: tuple[dict, 
 
 def tasks(source: HDF5Source) -> dict[str, str]:
     return {key.id: key.task for key in source.list()[0]}
+
+
+# Files that robosuite, robomimic and Isaac Lab wrote themselves (tests/fixtures/hdf5)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "cameras"),
+    [
+        ("robosuite", "Lift", ()),
+        ("robomimic", "Lift", ("agentview_image", "robot0_eye_in_hand_image")),
+        ("isaaclab", "Isaac-Stack-Cube-Franka-IK-Rel-Visuomotor-v0", ("table_cam", "wrist_cam")),
+    ],
+)
+def test_files_of_other_programs(name, task, cameras):
+    source = HDF5Source(Path(__file__).parents[2] / f"fixtures/hdf5/{name}.hdf5")
+    assert not source.needs_replay
+    keys, dropped = source.list()
+    assert [(key.task, key.steps) for key in keys] == [(task, 12)] * 2
+    assert not dropped
+    assert source.cameras == cameras
+    assert f"they are taken from the names of files, folders and environments: {task}" in source.notes[0]
+    for key in keys:
+        episode = source.read(key.id, cameras)
+        assert episode.actions.shape == (12, 7)
+        assert np.abs(episode.actions).max() <= 1
+        assert {frames.shape for frames in episode.frames.values()} <= {(12, 32, 32, 3)}
+        assert (episode.proprioception is None) == (name != "robomimic")
+        assert (episode.states is None) == (name == "isaaclab")  # there a group, of which nothing is read
+
+
+def test_robomimic_s_frames_stand_upright():
+    source = HDF5Source(Path(__file__).parents[2] / "fixtures/hdf5/robomimic.hdf5")
+    frame = source.read(source.list()[0][0].id, ["agentview_image"]).frames["agentview_image"][0]
+    assert frame[:8].mean() < frame[8:].mean() - 30  # the dark wall above, the white table below
 
 
 # Words
@@ -226,6 +260,32 @@ def test_mixed_control_rates_are_refused_unless_the_simulator_sets_the_rate(tmp_
     with pytest.raises(SourceError, match=r"mixes control rates \(b_demo.hdf5 at 10 Hz, a_demo.hdf5 at 20 Hz\)"):
         HDF5Source(tmp_path, replay=False).list()
     assert len(HDF5Source(tmp_path).list()[0]) == 2
+
+
+@pytest.mark.parametrize(("rate", "read"), [(10, 10.0), (12.5, 12.5), (0, 20.0), ("fast", 20.0)])
+def test_the_control_rate_is_what_robosuite_was_told(tmp_path, rate, read):
+    arguments = json.dumps({"env_name": "Lift", "env_kwargs": {"control_freq": rate}})
+    write(tmp_path / "lift_demo.hdf5", env_args=arguments)
+    assert HDF5Source(tmp_path).read("lift_demo/demo_0").control_hz == read
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "task"),
+    [
+        ("lift/ph/low_dim_v15.hdf5", "Lift", "lift"),  # robomimic's folders
+        ("datasets/dataset.hdf5", "Isaac-Lift-Cube-Franka-v0", "Isaac-Lift-Cube-Franka-v0"),
+        ("generated_dataset.hdf5", "NutAssemblySquare", "NutAssemblySquare"),
+    ],
+)
+def test_where_names_say_nothing_the_environment_is_the_task(tmp_path, name, env, task):
+    write(tmp_path / "data" / name, env_args=json.dumps({"env_name": env, "type": 1}))
+    assert {*tasks(HDF5Source(tmp_path / "data")).values()} == {task}
+
+
+def test_libero_s_environments_are_no_tasks(tmp_path):
+    write(tmp_path / "data/demo.hdf5", env_args=json.dumps({"env_name": "Libero_Tabletop_Manipulation"}))
+    with pytest.raises(SourceError, match="nothing says which task it is of"):
+        HDF5Source(tmp_path / "data").list()
 
 
 def test_groups_beside_the_episodes_are_no_episodes(tmp_path):

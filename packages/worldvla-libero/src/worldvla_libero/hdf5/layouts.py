@@ -179,20 +179,48 @@ def _words_in_json(value: Any) -> str:
 def scene_of(data: h5py.Group) -> str | None:
     """LIBERO's own name of the task: that of the scene's BDDL file, a path on whoever's machine it was."""
     for holder in (data, data.parent):
+        arguments = _environment_arguments(holder)
+        inner = arguments.get("env_kwargs")
         candidates = [holder.attrs.get("bddl_file_name")]
-        if "env_args" in holder.attrs:
-            try:
-                arguments = json_of(holder.attrs["env_args"])
-            except ValueError:  # of an environment that is not LIBERO's; nothing else is read from it
-                arguments = {}
-            inner = arguments.get("env_kwargs")
-            candidates += [(inner if isinstance(inner, dict) else {}).get("bddl_file_name")]
-            candidates += [arguments.get("bddl_file_name"), arguments.get("bddl_file")]
+        candidates += [(inner if isinstance(inner, dict) else {}).get("bddl_file_name")]
+        candidates += [arguments.get("bddl_file_name"), arguments.get("bddl_file")]
         for candidate in candidates:
             # Splits at both kinds of slash.
             if stem := PureWindowsPath(text_of(candidate).strip()).name.removesuffix(".bddl"):
                 return stem
     return None
+
+
+def environment_of(data: h5py.Group) -> str | None:
+    """Name of the environment that a file was recorded in (`Lift`, `Isaac-Stack-Cube-…`), where it means a task.
+
+    LIBERO's environments are named after the furniture, which many tasks share.
+    """
+    for holder in (data, data.parent):
+        for candidate in (_environment_arguments(holder).get("env_name"), holder.attrs.get("env")):
+            name = text_of(candidate).strip()
+            if name and not name.lower().startswith("libero_"):
+                return name
+    return None
+
+
+def control_rate_of(data: h5py.Group) -> float | None:
+    """Actions a second [Hz]: ours, or what robosuite was told; None where nothing says it."""
+    if "control_hz" in data.attrs:
+        return float(data.attrs["control_hz"])
+    for holder in (data, data.parent):
+        inner = _environment_arguments(holder).get("env_kwargs")
+        if isinstance(inner, dict) and isinstance(rate := inner.get("control_freq"), int | float) and rate > 0:
+            return float(rate)
+    return None
+
+
+def _environment_arguments(holder: h5py.Group) -> Mapping[str, Any]:
+    """Robomimic's `env_args`; empty where there is none, or none that is read."""
+    try:
+        return json_of(holder.attrs.get("env_args", "{}"))
+    except ValueError:  # of an environment that is not known here; nothing else is read from it
+        return {}
 
 
 def is_raw(data: h5py.Group) -> bool:

