@@ -87,13 +87,13 @@ def run_demo(
         for frame in imagined:
             video.write(side_by_side({"true next frame": frame.true, "imagined next frame": frame.imagined}))
     size = imagined[0].imagined.shape
-    shown = np.unique(np.linspace(0, len(imagined) - 1, columns).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(imagined) - 1, columns).round().astype(int))
     save_demo_figure(
         folder / FIGURE_FILE,
         title=f"“{task.language}”",
         subtitle=f"{task.suite}, task {task.index} · {name}, {size[1]} px · "
         f"{'reached the goal' if run.success else 'did not reach the goal'} in {len(run.actions)} steps",
-        frames=[imagined[i] for i in shown],
+        frames=[imagined[i] for i in chosen],
         actions=run.actions,
         query_steps=run.query_steps,
         control_hz=control_hz,

@@ -158,13 +158,13 @@ def save_curves(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float]
         figure.suptitle("solid: training · dashed: held out", color=_GREY, x=0.99, ha="right", fontsize=9)
         panels = figure.subplots(height, columns, squeeze=False).flat
         for panel, (family, members) in zip(panels, families.items(), strict=False):
-            for place, member in enumerate(members):
+            for index, member in enumerate(members):
                 for name, style in ((member, "-"), (_HELD_OUT + member, "--")):
                     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
                     if points:
                         marker = "." if len(points) < _MARKED_POINTS else ""
-                        panel.plot(*zip(*points, strict=True), style, color=f"C{place}", marker=marker)
-                panel.plot([], [], "-", color=f"C{place}", label=member)
+                        panel.plot(*zip(*points, strict=True), style, color=f"C{index}", marker=marker)
+                panel.plot([], [], "-", color=f"C{index}", label=member)
             panel.set_title(family, loc="left", fontweight="bold")
             panel.set_xlabel("step")
             if len(members) > 1:

@@ -132,9 +132,9 @@ class WorldVLA:
                 raise ValueError(
                     f"tokenizers_revision is {tokenizers_revision!r}, but tokenizers names no repository"
                 )
-            place = {"revision": revision, "subfolder": tokenizers_subfolder or subfolder}
+            location = {"revision": revision, "subfolder": tokenizers_subfolder or subfolder}
         else:
-            place = {"revision": tokenizers_revision, "subfolder": tokenizers_subfolder}
+            location = {"revision": tokenizers_revision, "subfolder": tokenizers_subfolder}
         shared = {
             key: model_options[key] for key in ("cache_dir", "token", "local_files_only") if key in model_options
         }
@@ -145,7 +145,7 @@ class WorldVLA:
             model_dir_or_repo if tokenizers is None else tokenizers,
             device=str(device),
             action_tokenizer=action_tokenizer,
-            **place,
+            **location,
             **shared,
             **settings,
         )

@@ -48,7 +48,7 @@ def check_tensors(
         ],
     }
     if any(wrong.values()):
-        listed = "; ".join(f"{len(names)} {how}: {', '.join(names)}" for how, names in wrong.items() if names)
+        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
         raise CheckpointError(f"{complaint}: {listed}")
 
 

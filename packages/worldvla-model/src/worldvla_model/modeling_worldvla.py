@@ -127,9 +127,9 @@ class WorldVLAPreTrainedModel(PreTrainedModel):
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:  # it says what is wrong, but not with which file
-            told = damaged_weights(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""))
-            told = told or f"{pretrained_model_name_or_path}: weights that cannot be read ({error})"
-            raise CheckpointError(told) from error
+            reason = damaged_weights(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""))
+            reason = reason or f"{pretrained_model_name_or_path}: weights that cannot be read ({error})"
+            raise CheckpointError(reason) from error
         # A bare decoder may be read from a checkpoint with a head.
         unexpected = [k for k in info["unexpected_keys"] if k != "lm_head.weight" or hasattr(model, "lm_head")]
         check_tensors(

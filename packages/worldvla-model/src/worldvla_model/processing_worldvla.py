@@ -196,13 +196,13 @@ class WorldVLAProcessor:
             prompts = self.action_prompts([images] if single else as_list(images), words)
         else:
             several = _axes(actions) == 3
-            shown = as_list(images) if several or _is_nested(images) else [images]
-            taken = list(actions) if several or len(shown) > 1 else [actions]
-            if len(shown) != len(taken):
+            frames = as_list(images) if several or _is_nested(images) else [images]
+            taken = list(actions) if several or len(frames) > 1 else [actions]
+            if len(frames) != len(taken):
                 raise ValueError(
-                    f"images of {len(shown)} prompts and actions of {len(taken)}; equal numbers needed"
+                    f"images of {len(frames)} prompts and actions of {len(taken)}; equal numbers needed"
                 )
-            prompts = [self.world_prompt(*prompt) for prompt in zip(shown, taken, strict=True)]
+            prompts = [self.world_prompt(*prompt) for prompt in zip(frames, taken, strict=True)]
         longest = max(map(len, prompts)) if padding else 0
         spare = [max(0, longest - len(prompt)) for prompt in prompts]
         batch: dict[str, Any] = {
@@ -279,10 +279,10 @@ class WorldVLAProcessor:
         pictures = [self._fit(image, f"image {n} of {len(images)}") for n, image in enumerate(images, start=1)]
         codes: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(pictures)
         for size in {picture.size for picture in pictures}:  # only images of one size go together
-            places = [place for place, picture in enumerate(pictures) if picture.size == size]
-            found = self.images.encode([pictures[place] for place in places], target=self.image_size)
-            for place, code in zip(places, found, strict=True):
-                codes[place] = code
+            indices = [index for index, picture in enumerate(pictures) if picture.size == size]
+            found = self.images.encode([pictures[index] for index in indices], target=self.image_size)
+            for index, code in zip(indices, found, strict=True):
+                codes[index] = code
         return codes
 
     def action_prompt(self, images: Any, instruction: str) -> list[int]:
@@ -310,11 +310,11 @@ class WorldVLAProcessor:
                 "needed"
             )
         texts = [self._instruct(self.settings.action_prompt, words) for words in instructions]
-        histories = [as_list(shown) for shown in images]
-        codes = iter(self.encode_images([image for shown in histories for image in shown]))
+        histories = [as_list(frames) for frames in images]
+        codes = iter(self.encode_images([image for frames in histories for image in frames]))
         return [
-            sequence.action_prompt(text, [next(codes) for _ in shown], self.vocabulary)
-            for text, shown in zip(texts, histories, strict=True)
+            sequence.action_prompt(text, [next(codes) for _ in frames], self.vocabulary)
+            for text, frames in zip(texts, histories, strict=True)
         ]
 
     def world_prompt(self, images: Any, actions: ArrayLike) -> list[int]:
@@ -347,23 +347,23 @@ class WorldVLAProcessor:
             actions: (h, D) actions in data units; for N rounds (h + N - 1, D).
             next_image: the frame to predict; a list of N frames for N rounds.
         """
-        shown = as_list(images)
-        codes = self.encode_images([*shown, *as_list(next_image)])
+        frames = as_list(images)
+        codes = self.encode_images([*frames, *as_list(next_image)])
         return sequence.world_sample(
             self.text.encode(self.settings.world_prompt),
-            codes[: len(shown)],
+            codes[: len(frames)],
             np.atleast_2d(self.actions.encode(actions)),
-            codes[len(shown) :],
+            codes[len(frames) :],
             self.vocabulary,
             labels=self.settings.labels,
         )
 
     def video_sample(self, images: Any, instruction: str, next_images: Any) -> Sample:
         """Ids and labels of a training sample: M images and words → K future frames."""
-        shown = as_list(images)
-        codes = self.encode_images([*shown, *as_list(next_images)])
+        frames = as_list(images)
+        codes = self.encode_images([*frames, *as_list(next_images)])
         text = self._instruct(self.settings.video_prompt, instruction)
-        parts = codes[: len(shown)], codes[len(shown) :]
+        parts = codes[: len(frames)], codes[len(frames) :]
         return sequence.video_sample(text, *parts, self.vocabulary, labels=self.settings.labels)
 
     def decode_actions(self, ids: Sequence[int]) -> NDArray[np.float64]:
@@ -558,8 +558,8 @@ def _is_nested(images: Any) -> bool:
     if isinstance(images, np.ndarray | torch.Tensor):
         return images.ndim > 4
     return isinstance(images, list | tuple) and any(
-        isinstance(shown, list | tuple) or (isinstance(shown, np.ndarray | torch.Tensor) and shown.ndim == 4)
-        for shown in images
+        isinstance(entry, list | tuple) or (isinstance(entry, np.ndarray | torch.Tensor) and entry.ndim == 4)
+        for entry in images
     )
 
 

@@ -127,8 +127,8 @@ class MixtureSampler(Sampler[int]):
             yield from islice(self._shuffled(0, len(self)), len(self))
             return
         action, world = self._shuffled(0, self.counts[0]), self._shuffled(self.counts[0], self.counts[1])
-        for place in range(len(self)):
-            is_world = int((place + 1) * self.share) > int(place * self.share)
+        for position in range(len(self)):
+            is_world = int((position + 1) * self.share) > int(position * self.share)
             yield next(world if is_world else action)
 
     def _shuffled(self, first: int, count: int) -> Iterator[int]:
@@ -558,10 +558,10 @@ class _Record:
 def _dimensions(ids: Tensor, config: Any) -> Tensor:
     """(B, T) → (B, T): dimension of the action that a token is the value of, from 1; 0 elsewhere."""
     begins, ends = ids == config.boa_token_id, ids == config.eoa_token_id
-    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    begin = torch.where(begins, place, -1).cummax(dim=1).values
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    begin = torch.where(begins, positions, -1).cummax(dim=1).values
     inside = begins.cumsum(dim=1) > ends.cumsum(dim=1)
-    return torch.where(inside & ~begins, place - begin, 0)
+    return torch.where(inside & ~begins, positions - begin, 0)
 
 
 def _action_values(processor: Any) -> tuple[int, np.ndarray]:

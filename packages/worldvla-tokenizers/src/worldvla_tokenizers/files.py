@@ -252,8 +252,8 @@ def _missing(names: Sequence[str], any_of: Sequence[str], found: Mapping[str, Pa
 def _elsewhere(folder: Path, names: Sequence[str]) -> str:
     """Where below a folder the files are, for whoever gave one too high up: a part of a message."""
     patterns = ["*/" * depth + name for depth in range(1, _SUGGESTED_DEPTH + 1) for name in names]
-    places = {path.parent.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
-    return f"; remedy: subfolder={' or '.join(map(repr, sorted(places)[:3]))} has them" if places else ""
+    folders = {path.parent.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
+    return f"; remedy: subfolder={' or '.join(map(repr, sorted(folders)[:3]))} has them" if folders else ""
 
 
 def _hub_place(path: str, revision: str | None, subfolder: str | None) -> tuple[str, str | None, str | None]:

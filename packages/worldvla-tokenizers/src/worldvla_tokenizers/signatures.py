@@ -127,14 +127,14 @@ def misnamed(path: Path, expected: str, *kinds: Kind, called: str | None = None)
         return None
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    shown = ""
+    beginning = ""
     if kind in (Kind.TEXT, Kind.JSON, Kind.ANSWER):
         text = " ".join(head.decode("utf-8", errors="replace").split())
-        shown = f" ({text[:_SHOWN]!r})"
+        beginning = f" ({text[:_SHOWN]!r})"
     elif kind is Kind.UNKNOWN:
-        shown = f" (it begins with {head[:8].hex(' ')})"
+        beginning = f" (it begins with {head[:8].hex(' ')})"
     name, size = called or path, path.stat().st_size
-    return f"{name} is {kind.words}{shown}, no {expected} ({size:,} bytes); remedy: {kind.remedy}"
+    return f"{name} is {kind.words}{beginning}, no {expected} ({size:,} bytes); remedy: {kind.remedy}"
 
 
 def read_text(path: Path, expected: str, error: type[ValueError]) -> str:

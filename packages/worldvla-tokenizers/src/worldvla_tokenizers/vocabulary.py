@@ -174,8 +174,8 @@ class Vocabulary:
             if table.get(name) != index and (name in table or index not in renamed)
         ]
         if wrong:
-            shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-            raise VocabularyError(f"{origin}: not the published layout of {FIRST_TEXT_ID} fixed tokens: {shown}")
+            listed = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            raise VocabularyError(f"{origin}: not the published layout of {FIRST_TEXT_ID} fixed tokens: {listed}")
         highest = max(table.values())
         if size is not None and size <= highest:
             raise VocabularyError(f"{origin}: id {highest} lies outside a vocabulary of {size} (0 … {size - 1})")

@@ -241,18 +241,18 @@ def prepare(
     from worldvla_libero.prepare import prepare as run_prepare
 
     console = _console()
-    place = default_model_path() if tokenizer is None else tokenizer
+    image_tokenizer = default_model_path() if tokenizer is None else tokenizer
     named = {"action_key": action_key, "state_key": state_key}
     keys: dict[str, Any] = {key: value for key, value in named.items() if value}
     demonstrations = open_source(source, replay={"auto": None, "always": True, "never": False}[replay], **keys)
-    settings = shards.settings(shards.image_size or load_image_tokenizer(place).image_size or 256)
+    settings = shards.settings(shards.image_size or load_image_tokenizer(image_tokenizer).image_size or 256)
     planned = plan(demonstrations, settings, limit=limit)
     _announce(console, planned, settings, out)
     with _progress(console, "preparing", len(planned.keys)) as on_part:
         record = run_prepare(
             planned,
             out,
-            place,
+            image_tokenizer,
             settings,
             workers=workers,
             device=device,

@@ -69,9 +69,9 @@ def demo(
             bars.update(phases[phase], completed=done, total=total)
 
         numbers = run_demo(agent, chosen, out, name=name, steps=steps, progress=show)
-    told = "reached the goal" if numbers["success"] else "did not reach the goal"
+    outcome = "reached the goal" if numbers["success"] else "did not reach the goal"
     console.print(
-        f"{name} {told} of “{chosen.language}” in {numbers['steps']} steps.", highlight=False, markup=False
+        f"{name} {outcome} of “{chosen.language}” in {numbers['steps']} steps.", highlight=False, markup=False
     )
     for what, took in numbers["decoding"].items():
         console.print(

@@ -58,9 +58,9 @@ def load_model(options: ModelOptions) -> tuple[WorldVLA, str]:
         raise MissingModelError(
             f"no default model in {default_model_path()}; remedy: reinstall worldvla-libero, or pass --model"
         )
-    place = default_model_path() if options.model is None else options.model
+    folder = default_model_path() if options.model is None else options.model
     agent = WorldVLA.from_pretrained(
-        place,
+        folder,
         tokenizers=options.tokenizers,
         image_size=options.image_size,
         dtype=options.dtype,

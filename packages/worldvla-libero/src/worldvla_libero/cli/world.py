@@ -139,21 +139,21 @@ def _print_record(console: Console, record: Mapping[str, Any]) -> None:
     for column in ("frames", "clips", "", "PSNR [dB]", "SSIM", "LPIPS", "FVD"):
         table.add_column(escape(column), justify="left" if not column else "right")
     for horizon, row in record["horizons"].items():
-        for place, kind in enumerate(KINDS):
+        for index, kind in enumerate(KINDS):
             cells = [
                 _interval(row[metric], kind, digits) for metric, digits in (("psnr", 2), ("ssim", 4), ("lpips", 4))
             ]
             fvd = row["fvd"] and row["fvd"][kind]
             cells.append("-" if fvd is None else f"{fvd:.1f}")
-            heads = (horizon, str(row["episodes"])) if place == 0 else ("", "")
+            heads = (horizon, str(row["episodes"])) if index == 0 else ("", "")
             table.add_row(*heads, kind, *cells, end_section=kind == KINDS[-1])
     console.print(table)
     for horizon, ids in record["too_short"].items():
         if ids:
             _warn(console, f"{len(ids)} too short for {horizon} frames: {_some(ids)}")
     if record["dropped"]:
-        told = [f"{one['id']} ({one['reason']})" for one in record["dropped"]]
-        _warn(console, f"{len(told)} dropped, see {RECORD_FILE}: {_some(told)}")
+        dropped = [f"{one['id']} ({one['reason']})" for one in record["dropped"]]
+        _warn(console, f"{len(dropped)} dropped, see {RECORD_FILE}: {_some(dropped)}")
     for what, why in record["not_computed"].items():
         _warn(console, f"{what} not computed: {why}")
     console.print(f"{record['seconds_per_frame']:.3f} s a frame", highlight=False)

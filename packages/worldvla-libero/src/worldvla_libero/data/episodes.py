@@ -247,10 +247,10 @@ def spread(keys: Sequence[EpisodeKey], limit: int | None) -> list[EpisodeKey]:
         raise ValueError(f"limit is {limit} episodes; allowed: 1 and above")
     turns: dict[str, int] = {}
     order = []
-    for place, key in enumerate(keys):
+    for index, key in enumerate(keys):
         turn = turns[key.task] = turns.get(key.task, -1) + 1
-        order.append((turn, place))
-    return [keys[place] for place in sorted(place for _, place in sorted(order)[:limit])]
+        order.append((turn, index))
+    return [keys[index] for index in sorted(index for _, index in sorted(order)[:limit])]
 
 
 def split(
@@ -314,11 +314,11 @@ def _paper_split(by_task: Mapping[str, Sequence[str]], fraction: float, seed: in
     # Each task's episodes are shuffled and laid out evenly over [0, 1) from a random offset; the cut at `fraction`
     # of all of them then takes from each task its share, although shares are seldom whole numbers.
     rng = np.random.default_rng(seed)
-    places = []
+    positions = []
     for ids in by_task.values():
         offset = rng.random()
-        places += [((j + offset) / len(ids), ids[i]) for j, i in enumerate(rng.permutation(len(ids)))]
-    ordered = [id for _, id in sorted(places)]
+        positions += [((j + offset) / len(ids), ids[i]) for j, i in enumerate(rng.permutation(len(ids)))]
+    ordered = [id for _, id in sorted(positions)]
     training = _share(len(ordered), fraction)
     return {id: "train" if i < training else "validation" for i, id in enumerate(ordered)}
 

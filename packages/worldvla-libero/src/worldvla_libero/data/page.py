@@ -114,8 +114,8 @@ class _Split:
     def add(self, episode: TokenEpisode, actions: ActionTokenizer) -> None:
         values = episode.actions  # (T, D)
         bins = actions.vocabulary.action_bins(actions.encode(values)) - 1  # (T, D), from 0
-        places = bins + actions.bins * np.arange(actions.dimensions)
-        self.counts += np.bincount(places.ravel(), minlength=self.counts.size).reshape(self.counts.shape)
+        cells = bins + actions.bins * np.arange(actions.dimensions)
+        self.counts += np.bincount(cells.ravel(), minlength=self.counts.size).reshape(self.counts.shape)
         self.outside += ((values < actions.low) | (values > actions.high)).sum(axis=0)
         self.lengths.append(len(values))
         self.episodes[episode.task] += 1
@@ -143,9 +143,9 @@ def _survey(
             raise ValueError(f"{episode.id} is of split {name!r}; recorded: {', '.join(recorded)}")
         survey.splits[name].add(episode, actions)
         survey.code_sizes.add(episode.codes.shape[1:])
-        told = survey.instructions.setdefault(episode.task, [])
-        if episode.instruction not in told and len(told) < 2:
-            told.append(episode.instruction)
+        instructions = survey.instructions.setdefault(episode.task, [])
+        if episode.instruction not in instructions and len(instructions) < 2:
+            instructions.append(episode.instruction)
     for name, split in survey.splits.items():
         expected = recorded[name].episodes
         if len(split.lengths) != expected:
@@ -191,7 +191,7 @@ def _tasks(survey: _Survey) -> _TaskTable:
     def row(tasks: Collection[str]) -> list[tuple[int, int]]:
         return [(sum(e[task] for task in tasks), sum(s[task] for task in tasks)) for e, s in counts]
 
-    tasks = [(task, told[0], len(told) > 1, row([task])) for task, told in sorted(survey.instructions.items())]
+    tasks = [(task, words[0], len(words) > 1, row([task])) for task, words in sorted(survey.instructions.items())]
     return _TaskTable([*columns, *["all"] * (len(columns) > 1)], row(survey.instructions), tasks)
 
 
@@ -243,7 +243,7 @@ def _actions(splits: Mapping[str, _Split], actions: ActionTokenizer, names: Sequ
                 axes.axvspan(beyond[0] * end, beyond[1] * end, color=GREY, alpha=0.2, linewidth=0)
             axes.set_yscale("function", functions=(np.sqrt, np.square))
             axes.set(xlim=(-0.03 * end, 1.03 * end), ylim=(0, 1.05 * top))
-            axes.set_xticks([place * end for place in ticks], [number(value) for value in ticks.values()])
+            axes.set_xticks([position * end for position in ticks], [number(value) for value in ticks.values()])
             axes.set_yticks((0, top / 4, top), ("0", percent(top / 4), percent(top)))
 
         used = sum(int(np.count_nonzero(s.counts[d])) for name, s in filled.items() if name == _TRAINING)

@@ -98,11 +98,11 @@ class WorldSamples:
 
     def assemble(self, episode: TokenEpisode, t: int, writer: SampleWriter) -> Sample:
         """See `SampleKind.assemble`."""
-        shown = _history(episode, t, self.history)
+        images = _history(episode, t, self.history)
         return sequence.world_sample(
             writer.words(writer.settings.world_prompt),
-            shown,
-            writer.actions(episode.actions[t + 1 - len(shown) : t + self.rounds]),
+            images,
+            writer.actions(episode.actions[t + 1 - len(images) : t + self.rounds]),
             list(episode.codes[t + 1 : t + 1 + self.rounds]),
             writer.vocabulary,
             labels=writer.settings.labels,
@@ -211,11 +211,11 @@ class TokenSamples(Sequence[Sample]):
         Raises:
             IndexError: there is no such sample.
         """
-        place = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= place < len(self):
+        position = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= position < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        episode = int(np.searchsorted(self._ends, place, side="right"))
-        return episode, place - (int(self._ends[episode - 1]) if episode else 0)
+        episode = int(np.searchsorted(self._ends, position, side="right"))
+        return episode, position - (int(self._ends[episode - 1]) if episode else 0)
 
 
 def samples_of(episode: TokenEpisode, kind: SampleKind, writer: SampleWriter) -> Iterator[Sample]:

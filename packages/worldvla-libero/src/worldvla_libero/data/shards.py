@@ -144,11 +144,11 @@ class TokenDataset(Sequence[TokenEpisode]):
         """An episode; codes and actions are read-only views of the file."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= place < len(self):
+        position = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= position < len(self):
             raise IndexError(f"episode {index} of {len(self)} in split {self.split!r} of {self.root}")
-        batch = int(np.searchsorted(self._ends, place, side="right"))
-        return self._batches[batch].episode(place - (int(self._ends[batch - 1]) if batch else 0))
+        batch = int(np.searchsorted(self._ends, position, side="right"))
+        return self._batches[batch].episode(position - (int(self._ends[batch - 1]) if batch else 0))
 
     def __iter__(self) -> Iterator[TokenEpisode]:
         return (self[i] for i in range(len(self)))

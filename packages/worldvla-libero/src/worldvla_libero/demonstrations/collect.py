@@ -65,20 +65,21 @@ class Demonstrator:
             if self._simulator is not None:
                 self._simulator.close()
             self._simulator = Simulator(attempt.task)
-        shown = demonstrate(self._simulator, seed=attempt.episode_seed)
-        if not shown.success:
+        demonstration = demonstrate(self._simulator, seed=attempt.episode_seed)
+        if not demonstration.success:
             raise EpisodeError(
                 Reason.NO_SUCCESS,
-                f"{attempt.id}: the expert missed the goal in {len(shown.actions)} steps (seed {shown.seed})",
+                f"{attempt.id}: the expert missed the goal in {len(demonstration.actions)} steps "
+                f"(seed {demonstration.seed})",
             )
         return Episode(
             id=attempt.id,
             task=attempt.task.name,
             instruction=attempt.task.language,
-            actions=shown.actions,
-            robot_states=shown.robot_states,
-            states=shown.states,
-            seed=shown.seed,
+            actions=demonstration.actions,
+            robot_states=demonstration.robot_states,
+            states=demonstration.states,
+            seed=demonstration.seed,
             versions=installed_versions(SIMULATOR),
             control_hz=float(self._simulator.protocol.control_hz),
         )

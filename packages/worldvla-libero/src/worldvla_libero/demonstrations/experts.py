@@ -229,23 +229,23 @@ class ScriptedExpert:
 
     def _place(self, name: str, region: str, grasp: Grasp) -> Attempt:
         scene, obstacles = self.scene, self.scene.obstacles(name)
-        held = scene.hand - scene.position(name)
+        grip = scene.hand - scene.position(name)
         hang = scene.hand[2] - scene.boxes(name).bottoms.min()
         self.phase = "carry"
         yield from self._come_out(name, grasp)
         goals = scene.surfaces(region)
         height = self._clear_height(goals[0], obstacles) + hang
-        overs = np.column_stack([goals[:, :2] + held[:2], np.full(len(goals), height)])
+        overs = np.column_stack([goals[:, :2] + grip[:2], np.full(len(goals), height)])
         chosen = int(np.argmax(np.minimum(arm_slack(overs, scene.shoulder), 0)))  # the first within reach
         goal, over = goals[chosen], overs[chosen]
         yield from self._move(np.array([*scene.hand[:2], over[2]]), grasp.rotation, CLOSED, tolerance=0.03)
         yield from self._move(over, grasp.rotation, CLOSED, tolerance=0.01)
-        slipped = scene.hand - scene.position(name) - held
+        slipped = scene.hand - scene.position(name) - grip
         if np.linalg.norm(slipped) > 0.05:
             return False
         self.phase = "lower"
-        held += slipped
-        column = goal + (held[0], held[1], hang + 0.004) + np.outer(np.arange(0, 0.3, 0.005), (0, 0, 1))
+        grip += slipped
+        column = goal + (grip[0], grip[1], hang + 0.004) + np.outer(np.arange(0, 0.3, 0.005), (0, 0, 1))
         free = clearance(column, grasp.yaw, obstacles) > 0.004
         yield from self._move(column[np.argmax(free)], grasp.rotation, CLOSED, tolerance=0.008, patience=30)
         self.phase = "release"

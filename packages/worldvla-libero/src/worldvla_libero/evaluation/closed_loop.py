@@ -199,8 +199,8 @@ def _plans(
 
 
 def _told(record: EpisodeRecord, error: EpisodeFault) -> str:
-    place = f"{record.suite}/{record.task} episode {record.episode}"
-    return f"{place}, step {record.steps}: the {error.origin} failed: {error.type}: {error.message}"
+    where = f"{record.suite}/{record.task} episode {record.episode}"
+    return f"{where}, step {record.steps}: the {error.origin} failed: {error.type}: {error.message}"
 
 
 def _remove_drafts(folder: Path) -> None:

@@ -106,16 +106,16 @@ class EpisodeFault:
     def of(cls, origin: Origin, error: BaseException) -> EpisodeFault:
         """Describe an exception."""
         if isinstance(error, _ToldError):
-            return error.told
+            return error.fault
         return cls(origin, type(error).__name__, str(error), trace_of(error))
 
 
 class _ToldError(Exception):
     """What the policy raised elsewhere, which may be of a type that cannot travel."""
 
-    def __init__(self, told: EpisodeFault) -> None:
-        super().__init__(f"{told.type}: {told.message}")
-        self.told = told
+    def __init__(self, fault: EpisodeFault) -> None:
+        super().__init__(f"{fault.type}: {fault.message}")
+        self.fault = fault
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class EpisodeRunner:
         simulator = self._simulator_of(plan)
         failure: PolicyError | None = None
         with self._recording(plan) as record:
-            how: dict[str, Any] = {
+            arguments: dict[str, Any] = {
                 "initial_state": plan.episode,
                 "seed": plan.seed,
                 "instruction": plan.instruction,
@@ -225,9 +225,9 @@ class EpisodeRunner:
             }
             try:
                 run = yield from (
-                    play(simulator, plan.needs, **how)
+                    play(simulator, plan.needs, **arguments)
                     if plan.policy is None
-                    else drive(plan.policy, simulator, **how)
+                    else drive(plan.policy, simulator, **arguments)
                 )
             except PolicyError as error:
                 run, failure = error.so_far, error

@@ -110,8 +110,8 @@ def imagine(
         }
         title = f"{model_name} on {trajectories.name}"
         with job.storing("the evaluation"):
-            shown = [WorldRun(title, COLOURS[0], out, content)]
-            save_world_panels(out / CURVES_FILE, shown, world_panels(shown))
+            runs = [WorldRun(title, COLOURS[0], out, content)]
+            save_world_panels(out / CURVES_FILE, runs, world_panels(runs))
             save_strips(out / STRIPS_FILE, results.strips(), title=f"{title}: some of the frames imagined")
             shutil.rmtree(out / VIDEO_FOLDER, ignore_errors=True)  # of a run that was killed here
             shutil.copytree(store.videos, out / VIDEO_FOLDER, ignore=shutil.ignore_patterns(".*"))
@@ -162,7 +162,7 @@ class _Imagine:
         kinds: dict[str, Frames] = {"imagined": imagined, "copied": np.broadcast_to(last, true.shape)}
         if seen is not None:  # codes reconstruct to what they show: nothing to compare
             kinds["reconstructed"] = drawn[context:]
-        shown = np.unique(np.linspace(0, len(true) - 1, _STRIP_FRAMES).round().astype(int))
+        columns = np.unique(np.linspace(0, len(true) - 1, _STRIP_FRAMES).round().astype(int))
         with VideoWriter(self.videos / f"{clip.key.name}.mp4", self.control_hz) as video:
             for wanted, made in zip(true, imagined, strict=True):
                 video.write(side_by_side({self.true_label: wanted, "imagined": made}))
@@ -170,7 +170,7 @@ class _Imagine:
             path,
             allow_pickle=False,
             seconds=seconds,
-            **{f"strip/{self.true_label}": true[shown], "strip/imagined": imagined[shown]},
+            **{f"strip/{self.true_label}": true[columns], "strip/imagined": imagined[columns]},
             **self._judge(kinds, true),
         )
 

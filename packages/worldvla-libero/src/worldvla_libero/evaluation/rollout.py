@@ -94,10 +94,10 @@ def rollout(
             return ended.value
 
 
-def drive(policy: Policy, simulator: Simulator, **how: Any) -> Generator[None, None, Rollout]:
+def drive(policy: Policy, simulator: Simulator, **arguments: Any) -> Generator[None, None, Rollout]:
     """`rollout` with its arguments, in turns: it yields before each query, and returns what happened."""
     on_begin = policy.reset if isinstance(policy, EpisodicPolicy) else None
-    episode = play(simulator, Needs.of(policy), on_begin=on_begin, **how)
+    episode = play(simulator, Needs.of(policy), on_begin=on_begin, **arguments)
     try:
         observation = next(episode)
         while True:

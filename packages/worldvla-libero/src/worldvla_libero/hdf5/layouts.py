@@ -80,14 +80,14 @@ def opened(file: Path, *, tried: Identity | None = None) -> Iterator[h5py.File]:
         raise EpisodeError(Reason.UNREADABLE, message) from error
     with content:
         try:
-            data, held = content.get("data"), ", ".join(content) or "nothing"
+            data, names = content.get("data"), ", ".join(content) or "nothing"
         except (OSError, RuntimeError, KeyError, ValueError) as error:  # h5py has no type of its own for damage
             raise EpisodeError(
                 Reason.UNREADABLE, f"{file.name}: damaged ({' '.join(str(error).split())})"
             ) from error
         if not isinstance(data, h5py.Group):
             raise EpisodeError(
-                Reason.MISSING_KEY, f"{file.name}: no group 'data'; LIBERO's layout needed, found {held}"
+                Reason.MISSING_KEY, f"{file.name}: no group 'data'; LIBERO's layout needed, found {names}"
             )
         yield content
 
@@ -147,7 +147,7 @@ def words_of(id: str, demo: h5py.Group, data: h5py.Group) -> str | None:
     """
     complaint: EpisodeError | None = None
     for holder in (demo, data, data.parent):
-        place = "the file" if holder.name == "/" else repr(holder.name.rpartition("/")[2])
+        where = "the file" if holder.name == "/" else repr(holder.name.rpartition("/")[2])
         values = {name: holder.attrs[name] for name in (*_WORDS, *_JSON_WITH_WORDS) if name in holder.attrs}
         for name in _WORDS:
             if name not in values and isinstance(array := holder.get(name), h5py.Dataset):
@@ -156,12 +156,12 @@ def words_of(id: str, demo: h5py.Group, data: h5py.Group) -> str | None:
             try:
                 words = _words_in_json(value) if name in _JSON_WITH_WORDS else text_of(value)
             except (ValueError, TypeError) as error:
-                message = f"{id}: attribute {name!r} of {place} holds no 'language_instruction' ({error})"
+                message = f"{id}: attribute {name!r} of {where} holds no 'language_instruction' ({error})"
                 complaint = complaint or EpisodeError(Reason.MISSING_KEY, message)
                 continue
             if words := words.strip().strip('"').strip():
                 return words
-            message = f"{id}: the instruction is empty; words are needed in attribute {name!r} of {place}"
+            message = f"{id}: the instruction is empty; words are needed in attribute {name!r} of {where}"
             complaint = complaint or EpisodeError(Reason.MISSING_KEY, message)
     if complaint is not None:
         raise complaint

@@ -236,10 +236,10 @@ def _walk(path: str) -> None:
         while waiting:
             found = waiting.pop()
             with _reported():
-                place = h5py.h5o.get_info(found.id)
-                if (place.fileno, place.addr) in seen:  # links may lead in a circle
+                info = h5py.h5o.get_info(found.id)
+                if (info.fileno, info.addr) in seen:  # links may lead in a circle
                     continue
-                seen.add((place.fileno, place.addr))
+                seen.add((info.fileno, info.addr))
             with _reported():
                 for name in found.attrs:
                     with _reported():

@@ -371,7 +371,8 @@ def _reading(id: str) -> Iterator[None]:
         yield
     except (EpisodeError, FileInUseError):
         raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # h5py has no type of its own
+    # h5py has no type of its own; a shape that was damaged may ask for more memory than there is.
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
         message = f"{id}: damaged, or not what it should be ({' '.join(str(error).split())})"
         raise EpisodeError(Reason.UNREADABLE, message) from error
 

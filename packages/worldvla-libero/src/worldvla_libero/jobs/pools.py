@@ -15,7 +15,7 @@ from worldvla_libero.jobs.processes import (
     WorkerStartError,
     answer_pickled,
     prepare_worker,
-    told,
+    read_answer,
 )
 
 Work = Callable[[], Callable[[Any], Any]]
@@ -167,7 +167,7 @@ class _RaySeat:
 
     def answer(self) -> tuple[Any, Exception | None]:
         try:
-            return told(self._ray.get(self.future))
+            return read_answer(self._ray.get(self.future))
         except self._ray.exceptions.RayError as gone:
             if getattr(gone, "actor_init_failed", False):
                 raise WorkerStartError(f"a worker cannot start on Ray: {gone}") from gone

@@ -72,7 +72,7 @@ class Worker:
                     "must be importable, and a script that begins a job needs `if __name__ == '__main__':`"
                 ) from gone
             raise WorkerKilledError(f"the worker process ended ({end})") from gone
-        return told(answer)
+        return read_answer(answer)
 
     def stop(self) -> None:
         """Kill it; may be called twice."""
@@ -109,12 +109,12 @@ def answer_pickled(work: Callable[[Any], Any], message: bytes) -> bytes:
     try:
         content = pickle.loads(message)  # noqa: S301 -- of our parent
     except Exception as error:  # noqa: BLE001 -- as above
-        told = f"a worker process cannot read its message, what is in it must be importable: {error!r}"
-        return pickle.dumps((None, portable(WorkerStartError(told))))
+        reason = f"a worker process cannot read its message, what is in it must be importable: {error!r}"
+        return pickle.dumps((None, portable(WorkerStartError(reason))))
     return answer(work, content)
 
 
-def told(answer: bytes) -> tuple[Any, Exception | None]:
+def read_answer(answer: bytes) -> tuple[Any, Exception | None]:
     """What the work returned, or what it raised.
 
     Raises:

@@ -99,20 +99,20 @@ def files_named(root: Path, *patterns: str) -> list[str]:
         for path in root.glob(pattern)
         if not path.is_dir()  # a link to a file that is not there counts: its name says what is missing
     }
-    shown = [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
-    return sorted(shown, key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name))
+    names = [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
+    return sorted(names, key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name))
 
 
-def require(held: Iterable[str], names: Sequence[str], where: str) -> None:
+def require(existing: Iterable[str], names: Sequence[str], where: str) -> None:
     """Refuse what lacks a key.
 
     Raises:
         EpisodeError: names what is missing and what exists.
     """
-    missing = [name for name in names if name not in held]
+    missing = [name for name in names if name not in existing]
     if missing:
         raise EpisodeError(
-            Reason.MISSING_KEY, f"{where}: no {', '.join(missing)}; existing: {', '.join(held) or 'nothing'}"
+            Reason.MISSING_KEY, f"{where}: no {', '.join(missing)}; existing: {', '.join(existing) or 'nothing'}"
         )
 
 
@@ -155,8 +155,8 @@ def records(root: Path, name: str) -> list[dict[str, Any]]:
     """
     if name.endswith(".parquet"):
         with parquet(root, name) as file:
-            held = file.schema_arrow.names
-            columns = [column for column in held if not column.startswith("stats/")]
+            names = file.schema_arrow.names
+            columns = [column for column in names if not column.startswith("stats/")]
             rows: list[dict[str, Any]] = file.read(columns=columns).select(columns).to_pylist()
             return rows
     try:
@@ -239,9 +239,9 @@ def _tasks(rows: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[int, 
         raise EpisodeError(Reason.MISSING_KEY, f"{name}: its column task holds no words")
     wanted = (usual or text)[0]
     numbered = next((c for c in ("task_index", _UNNAMED_INDEX) if c in columns and c != wanted), None)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         # pandas writes an index that only counts from 0 into no column at all.
-        number = whole(row.get(numbered)) if numbered else place
+        number = whole(row.get(numbered)) if numbered else index
         cell = row.get(wanted)
         if number is not None and isinstance(cell, str) and words(cell):
             yield number, cell

@@ -98,9 +98,9 @@ class EpisodeIndex:
             for number, part in scanned.items():
                 found.setdefault(number, {})[name] = part
         hints = _hints(root)
-        held = sum(part.steps for parts in found.values() for part in parts.values())
+        present = sum(part.steps for parts in found.values() for part in parts.values())
         promised = whole(info.get("total_frames"))
-        lost = promised is None or held < promised
+        lost = promised is None or present < promised
         problems = {drop.id: drop.message for drop in unreadable}
         rows, dropped = dict[int, Rows](), dict[int, Dropped]()
         for number in sorted({*found, *hints}):
@@ -116,9 +116,9 @@ class EpisodeIndex:
                 dropped[number] = Dropped.because(id, error)
         episodes = whole(info.get("total_episodes")) or 0
         # An episode too many in info.json alone is an old count. With rows missing as well, episodes are.
-        if not unreadable and len(rows) + len(dropped) < episodes and promised is not None and held < promised:
+        if not unreadable and len(rows) + len(dropped) < episodes and promised is not None and present < promised:
             message = (
-                f"{len(rows)} whole episodes and {held} rows in all files; {INFO_FILE} promises {episodes} and "
+                f"{len(rows)} whole episodes and {present} rows in all files; {INFO_FILE} promises {episodes} and "
                 f"{promised}; download or copy the data set again"
             )
             unreadable.append(Dropped("data", str(Reason.UNREADABLE), message))
@@ -191,14 +191,14 @@ def read_rows(
     Raises:
         EpisodeError: a file is damaged or has changed since, or lacks a column.
     """
-    held: dict[str, list[Any]] = {column: [] for column in columns}
+    values: dict[str, list[Any]] = {column: [] for column in columns}
     frames: list[int] = []
     for name, groups in rows.parts:
         with parquet(root, name) as file:
             existing = file.schema_arrow.names
             ordered = "frame_index" in existing
-            held = {column: held[column] for column in held if column in existing or column not in optional}
-            wanted = [*dict.fromkeys([*held, "episode_index", *(["frame_index"] if ordered else [])])]
+            values = {column: values[column] for column in values if column in existing or column not in optional}
+            wanted = [*dict.fromkeys([*values, "episode_index", *(["frame_index"] if ordered else [])])]
             require(existing, wanted, name)
             if max(groups) >= file.num_row_groups:
                 raise EpisodeError(Reason.UNREADABLE, f"{name} has changed while it was used")
@@ -206,19 +206,19 @@ def read_rows(
             for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=wanted):
                 mine = whole_numbers(batch["episode_index"], f"{name}: episode_index") == number
                 batch = batch.filter(pa.array(mine))
-                for column in held:
-                    held[column] += batch[column].to_pylist()
+                for column in values:
+                    values[column] += batch[column].to_pylist()
                 if ordered:
                     frames += whole_numbers(batch["frame_index"], f"{name}: frame_index").tolist()
                 else:
                     frames += range(len(frames), len(frames) + batch.num_rows)
-    places = np.argsort(np.asarray(frames), kind="stable")
-    if not _counts(np.asarray(frames)[places]) or len(frames) != rows.steps:
+    order = np.argsort(np.asarray(frames), kind="stable")
+    if not _counts(np.asarray(frames)[order]) or len(frames) != rows.steps:
         files = ", ".join(name for name, _ in rows.parts)
         raise EpisodeError(
             Reason.UNREADABLE, f"{episode_id(number)}: {files} changed while it was used: {len(frames)} rows left"
         )
-    return {column: [cells[place] for place in places] for column, cells in held.items()}
+    return {column: [cells[row] for row in order] for column, cells in values.items()}
 
 
 @dataclass
@@ -240,26 +240,26 @@ def _scan(root: Path, name: str) -> dict[int, _Part]:
         columns = [c for c in ("episode_index", "frame_index") if c in existing]
         tasked = ["task_index"] if "task_index" in existing else []
         for group in range(file.num_row_groups):
-            held = file.read_row_group(group, columns=[*columns, *tasked])
-            numbers = {column: whole_numbers(held[column], f"{name}: {column}") for column in columns}
+            table = file.read_row_group(group, columns=[*columns, *tasked])
+            numbers = {column: whole_numbers(table[column], f"{name}: {column}") for column in columns}
             with suppress(EpisodeError):  # then the index has to say what the task is
-                numbers |= {c: whole_numbers(held[c], f"{name}: {c}", empty=_NO_TASK) for c in tasked}
+                numbers |= {c: whole_numbers(table[c], f"{name}: {c}", empty=_NO_TASK) for c in tasked}
             episodes = numbers["episode_index"]
             if not len(episodes):
                 continue
             order = np.argsort(episodes, kind="stable")
             values, starts = np.unique(episodes[order], return_index=True)
-            for number, places in zip(values.tolist(), np.split(order, starts[1:]), strict=True):
+            for number, chosen in zip(values.tolist(), np.split(order, starts[1:]), strict=True):
                 if number < 0:
                     raise EpisodeError(Reason.UNREADABLE, f"{name}: episode_index {number}; allowed: 0 and above")
                 part = found.setdefault(number, _Part())
                 # Without a column of their own, frames are in order as they are stored.
-                counted = np.arange(part.steps, part.steps + len(places))
-                part.frames.append(numbers["frame_index"][places] if "frame_index" in numbers else counted)
+                counted = np.arange(part.steps, part.steps + len(chosen))
+                part.frames.append(numbers["frame_index"][chosen] if "frame_index" in numbers else counted)
                 part.groups.append(group)
-                part.steps += len(places)
+                part.steps += len(chosen)
                 if "task_index" in numbers:
-                    tasks = numbers["task_index"][places]
+                    tasks = numbers["task_index"][chosen]
                     firsts = np.unique(tasks, return_index=True)[1]
                     part.tasks += [task for task in tasks[np.sort(firsts)].tolist() if task != _NO_TASK]
     return found

@@ -140,14 +140,14 @@ class Videos:
         files = self._template.names(self.root, {"video_key": self.camera})
         ends = [*itertools.accumulate(self._count(file) or 0 for file in files)]
         spans: dict[int, Span] = {}
-        done, place, fps = 0, 0, self.info["fps"]
+        done, video, fps = 0, 0, self.info["fps"]
         for number, steps in sorted(self.steps.items()):
-            while place < len(ends) and ends[place] <= done:
-                place += 1
-            if not steps or place == len(ends) or done + steps > ends[place]:
+            while video < len(ends) and ends[video] <= done:
+                video += 1
+            if not steps or video == len(ends) or done + steps > ends[video]:
                 return {}
-            first = done - (ends[place - 1] if place else 0)
-            spans[number] = Span(files[place], first / fps, (first + steps) / fps)
+            first = done - (ends[video - 1] if video else 0)
+            spans[number] = Span(files[video], first / fps, (first + steps) / fps)
             done += steps
         return spans if ends and done == ends[-1] else {}
 

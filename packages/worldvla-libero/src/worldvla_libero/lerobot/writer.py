@@ -252,8 +252,8 @@ class _DataSet:
 
     def _write_index(self) -> None:
         if self._index_rows:
-            place = _prefixed("meta/episodes", self._index.place())
-            self._index.add(pa.Table.from_pylist([row | place for row in self._index_rows]))
+            location = _prefixed("meta/episodes", self._index.location())
+            self._index.add(pa.Table.from_pylist([row | location for row in self._index_rows]))
             self._index_rows.clear()
 
 
@@ -265,7 +265,7 @@ class _Tables:
         self._number = 0  # of the file
         self._writer: pq.ParquetWriter | None = None
 
-    def place(self) -> dict[str, int]:
+    def location(self) -> dict[str, int]:
         """Where the next table goes."""
         if self._writer is not None and self._path.stat().st_size >= self.max_bytes:
             self._close()
@@ -274,12 +274,12 @@ class _Tables:
 
     def add(self, table: pa.Table) -> dict[str, int]:
         """Append a table; returns where it is."""
-        place = self.place()
+        location = self.location()
         if self._writer is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(self._path, table.schema)
         self._writer.write_table(table, row_group_size=table.num_rows)
-        return place
+        return location
 
     def __enter__(self) -> Self:
         return self

@@ -89,9 +89,9 @@ class Panel:
         """Draw with the lower left corner at x, y inches."""
         width, height = figure.get_size_inches()
         inner = _WIDTH - self.left - self.right, self.height - _BELOW - _ABOVE
-        place = (x + self.left) / width, (y + _BELOW) / height, inner[0] / width, inner[1] / height
+        rectangle = (x + self.left) / width, (y + _BELOW) / height, inner[0] / width, inner[1] / height
         assert self.draw is not None
-        self.draw(figure.add_axes(place))
+        self.draw(figure.add_axes(rectangle))
 
 
 def save_panels(

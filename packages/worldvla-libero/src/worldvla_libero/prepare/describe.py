@@ -35,10 +35,10 @@ def episodes_of(parts: Mapping[EpisodeKey, Path], splits: Mapping[str, str]) -> 
 def previews_of(parts: Mapping[EpisodeKey, Path], splits: Mapping[str, str]) -> list[Preview]:
     """The first episodes of each task."""
     previews: list[Preview] = []
-    shown = Counter[str]()
+    count = Counter[str]()
     for key, part in parts.items():
-        shown[key.task] += 1
-        if shown[key.task] <= _PREVIEWS_PER_TASK:
+        count[key.task] += 1
+        if count[key.task] <= _PREVIEWS_PER_TASK:
             (episode,), metadata = read_episodes(part)
             strip = base64.b64decode(metadata["preview"])
             previews.append(Preview(episode.id, episode.task, episode.instruction, splits[key.id], strip))

@@ -48,8 +48,8 @@ class LoadEpisode:
         self.min_steps = settings.min_steps
         self.replayer: Callable[[Episode], Episode] | None = None
         if plan.replayed:
-            how = replace(settings.replay, cameras=(plan.camera,))
-            self.replayer = replayer or Replayer(how, suite=plan.source.name)
+            replay_settings = replace(settings.replay, cameras=(plan.camera,))
+            self.replayer = replayer or Replayer(replay_settings, suite=plan.source.name)
 
     def __call__(self, key: EpisodeKey) -> Episode:
         """Load an episode.

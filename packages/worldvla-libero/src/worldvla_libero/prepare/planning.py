@@ -119,10 +119,10 @@ def plan(source: Source, settings: PrepareSettings = PrepareSettings(), *, limit
     everything, unreadable = source.list()
     keys = spread(everything, limit)
     if not keys:
-        shown = [dropped.message for dropped in unreadable[:_SHOWN_REASONS]] or ["it is empty"]
+        reasons = [dropped.message for dropped in unreadable[:_SHOWN_REASONS]] or ["it is empty"]
         more = [f"and {len(unreadable) - _SHOWN_REASONS} more"] if len(unreadable) > _SHOWN_REASONS else []
-        told = f"{source.name} has no episode that can be read: {'; '.join([*shown, *more])}"
-        raise NoEpisodeLeftError(told) if unreadable else PrepareError(told)
+        message = f"{source.name} has no episode that can be read: {'; '.join([*reasons, *more])}"
+        raise NoEpisodeLeftError(message) if unreadable else PrepareError(message)
     camera, dimensions = _camera(source, settings), settings.dimensions
     if dimensions is None:
         dimensions = ACTION_DIM if source.needs_replay else _first_width(source, keys)

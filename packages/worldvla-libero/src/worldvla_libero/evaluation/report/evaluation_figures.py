@@ -64,13 +64,13 @@ def success_panel(
 
     def draw(axes: Axes) -> None:
         _shares_axis(axes, height)
-        places = [_EDGE + row * (place + 0.5) for place in range(len(runs) + len(published))]
-        for run, y in zip(runs, places, strict=False):
+        heights = [_EDGE + row * (index + 0.5) for index in range(len(runs) + len(published))]
+        for run, y in zip(runs, heights, strict=False):
             rate = run.rate(suite)
             _bar(axes, y, rate, run.colour)
             value = "\N{EN DASH}" if rate.rate is None else f"{100 * rate.rate:.1f} %"
             _beside(axes, y, short(run.name), value, fontweight="bold")
-        for (name, share), y in zip(published.items(), places[len(runs) :], strict=True):
+        for (name, share), y in zip(published.items(), heights[len(runs) :], strict=True):
             axes.barh(y, share, height=0.5 * _ROW, color=GREY, alpha=0.3)
             _beside(axes, y, name, f"{100 * share:.1f} %", fontstyle="italic")
 
@@ -165,8 +165,8 @@ def episode_seconds_panel(runs: Sequence[EvaluationRun]) -> Panel:
 
     def draw(axes: Axes) -> None:
         _rows_axis(axes, height)
-        for place, run in enumerate(runs):
-            y, colour = _EDGE + (0.65 + 1.3 * place) * _ROW, run.colour
+        for index, run in enumerate(runs):
+            y, colour = _EDGE + (0.65 + 1.3 * index) * _ROW, run.colour
             policy, total = (float(np.mean([getattr(e, n) for e in run.episodes])) for n in
                              ("policy_seconds", "seconds"))  # fmt: skip
             axes.barh(y, policy, height=0.8 * _ROW, color=colour)
@@ -209,7 +209,7 @@ def _task_panel(
     for key in keys:
         lines = textwrap.wrap(f"{key[1]} · {tasks[key]}", _LABEL_WIDTH)
         first = y + _LINE * len(lines)
-        rows = tuple(first + _ROW * (place + 0.5) for place in range(len(runs)))
+        rows = tuple(first + _ROW * (index + 0.5) for index in range(len(runs)))
         blocks.append(_Block(key, "\n".join(lines), y, rows))
         y = first + _ROW * len(runs) + _SPACE
     height = y
@@ -247,9 +247,9 @@ def _bar(axes: Axes, y: float, rate: SuccessRate, colour: str) -> None:
 
 def _beside(axes: Axes, y: float, name: str, value: str, **style: Any) -> None:
     """Words on the left of a row and on its right."""
-    for x, words, side, how in ((-0.04, name, "right", {}), (1.04, value, "left", style)):
+    for x, words, side, font in ((-0.04, name, "right", {}), (1.04, value, "left", style)):
         axes.text(x, y, words, ha=side, va="center_baseline", fontsize=_FONT,
-                  transform=axes.get_yaxis_transform(), **how)  # fmt: skip
+                  transform=axes.get_yaxis_transform(), **font)  # fmt: skip
 
 
 def _shares_axis(axes: Axes, height: float) -> None:

@@ -130,8 +130,8 @@ def _conditions(run: EvaluationRun) -> dict[str, str]:
     versions = {name: run.episodes[-1].versions.get(name, "none") for name in SIMULATOR}
     protocol = {k: str(v) for k, v in info.get("protocol", {}).items() if k not in _STATED_OTHERWISE}
     words = info.get("published_instructions", info.get("settings", {}).get("published_instructions"))
-    told = {} if words is None else {"published_instructions": str(words)}
-    return {"protocol": run.episodes[0].protocol, **limits, **versions, **protocol, **told}
+    instructions = {} if words is None else {"published_instructions": str(words)}
+    return {"protocol": run.episodes[0].protocol, **limits, **versions, **protocol, **instructions}
 
 
 def _suite_panel(runs: Sequence[EvaluationRun], suite: str) -> Panel:

@@ -73,8 +73,8 @@ def task_order(runs: Iterable[EvaluationRun]) -> dict[tuple[str, int], str]:
                     f"task {episode.task} of {episode.suite} is {name!r} in {told_by} and {episode.task_name!r} "
                     f"in {run.name}; runs of the same suites are needed"
                 )
-    places = {suite: place for place, suite in enumerate(SUITES)}
-    keys = sorted(found, key=lambda key: (places.get(key[0], len(places)), key))
+    order = {suite: index for index, suite in enumerate(SUITES)}
+    keys = sorted(found, key=lambda key: (order.get(key[0], len(order)), key))
     instructions = {(e.suite, e.task): e.instruction for run in reversed(list(runs)) for e in run.episodes}
     return {key: instructions[key] for key in keys}
 

@@ -38,7 +38,7 @@ def success_table(runs: Sequence[EvaluationRun], tasks: Tasks) -> Table:
 
 def task_table(runs: Sequence[EvaluationRun], tasks: Tasks) -> Table:
     """Success of each task."""
-    rows = [[_task_cell(key, told), *(_rate_cell(run, *key) for run in runs)] for key, told in tasks.items()]
+    rows = [[_task_cell(key, words), *(_rate_cell(run, *key) for run in runs)] for key, words in tasks.items()]
     return Table("Numbers: success", ["", *_names(runs)], rows)
 
 
@@ -52,7 +52,7 @@ def steps_table(runs: Sequence[EvaluationRun], tasks: Tasks) -> Table:
         low, median, high = np.quantile(steps, (0.25, 0.5, 0.75))
         return Cell(f"{median:g}", f"{low:g} … {high:g}, from {min(steps)} to {max(steps)}")
 
-    rows = [[_task_cell(key, told), *(cell(run, key) for run in runs)] for key, told in tasks.items()]
+    rows = [[_task_cell(key, words), *(cell(run, key) for run in runs)] for key, words in tasks.items()]
     title = "Numbers: steps to success; median, middle half, fewest and most"
     return Table(title, ["", *_names(runs)], rows)
 

@@ -90,8 +90,8 @@ def failure_sheets(
                 words = f"{len(failed)} of {run.rate(*key).episodes} failed"
                 if len(failed) > _SHOWN_FAILURES:
                     words += f"; the first {_SHOWN_FAILURES} are shown"
-                shown = [_picture(run, episode) for episode in failed[:_SHOWN_FAILURES]]
-                sheets.setdefault(key, []).append(Sheet(run, words, shown))
+                pictures = [_picture(run, episode) for episode in failed[:_SHOWN_FAILURES]]
+                sheets.setdefault(key, []).append(Sheet(run, words, pictures))
     return sheets
 
 
@@ -162,8 +162,8 @@ def chosen_videos(
                 outcomes.setdefault(episode.key, set()).add(episode.outcome)
     seen = Counter[tuple[str, int, str]]()
     ranked: dict[str, list[tuple[int, tuple[str, int, int]]]] = {kind: [] for kind in _ORDER}
-    places = {task: place for place, task in enumerate(tasks)}
-    for key in sorted(outcomes, key=lambda key: (places[key[:2]], key)):
+    order = {task: index for index, task in enumerate(tasks)}
+    for key in sorted(outcomes, key=lambda key: (order[key[:2]], key)):
         kind = next(kind for kind in _ORDER if kind in outcomes[key])
         ranked[kind].append((seen[*key[:2], kind], key))
         seen[*key[:2], kind] += 1

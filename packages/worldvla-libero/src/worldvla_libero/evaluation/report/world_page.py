@@ -176,10 +176,10 @@ def _curve_panel(runs: Sequence[WorldRun], metric: str) -> Panel:
 def _label_ends(axes: Axes, ends: Mapping[str, float]) -> None:
     """Name lines at their right ends, so far from each other that all can be read."""
     low, high = axes.get_ylim()
-    place = -np.inf
+    height = -np.inf
     for kind, end in sorted(ends.items(), key=lambda item: item[1]):
-        place = max((end - low) / (high - low), place + _LABEL_SPACE)
-        axes.text(1.02, place, kind, transform=axes.transAxes, va="center", fontsize=8.5)
+        height = max((end - low) / (high - low), height + _LABEL_SPACE)
+        axes.text(1.02, height, kind, transform=axes.transAxes, va="center", fontsize=8.5)
 
 
 def _step_table(runs: Sequence[WorldRun]) -> Table:
@@ -215,11 +215,12 @@ def _horizon_tables(runs: Sequence[WorldRun], beside: Sequence[PublishedImaginat
 
 def _record(run: WorldRun) -> dict[str, Any]:
     """Everything but the numbers, which stand above."""
-    shown = {k: v for k, v in run.content.items() if k not in {"curves", "horizons", "not_computed", "episodes"}}
+    apart = {"curves", "horizons", "not_computed", "episodes"}
+    settings = {name: value for name, value in run.content.items() if name not in apart}
     episodes = [
         f"{e['id']} ({e['task']}), {e['frames']} frames from step {e['start']}" for e in run.content["episodes"]
     ]
-    return {"folder": str(run.folder), **shown, "episodes": episodes}
+    return {"folder": str(run.folder), **settings, "episodes": episodes}
 
 
 def _cell(value: Any) -> Cell:

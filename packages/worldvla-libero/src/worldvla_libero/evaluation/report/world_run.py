@@ -51,12 +51,12 @@ def read_world(name: str, colour: str, folder: Path) -> WorldRun:
             allowed = getattr(needed, "__name__", needed)
             raise RunError(f"{path}: {key} is {content.get(key)!r}; allowed: {allowed}")
     _object(content["settings"].get("backbones"), f"{path}: backbones")
-    for place, episode in enumerate(content["episodes"]):
+    for index, episode in enumerate(content["episodes"]):
         if not isinstance(episode, dict) or not all(isinstance(episode.get(k), t) for k, t in _EPISODE.items()):
-            raise RunError(f"{path}: episode {place} is {episode!r}; needed: {', '.join(_EPISODE)}")
+            raise RunError(f"{path}: episode {index} is {episode!r}; needed: {', '.join(_EPISODE)}")
         if (videos := episode.get("videos")) is not None:
             if not isinstance(videos, str):
-                raise RunError(f"{path}: videos of episode {place} is {videos!r}; allowed: a file, or null")
+                raise RunError(f"{path}: videos of episode {index} is {videos!r}; allowed: a file, or null")
             check_inside(videos, str(path))
     for metric, kinds in content["curves"].items():
         for kind, curves in _object(kinds, f"{path}: curves of {metric}").items():

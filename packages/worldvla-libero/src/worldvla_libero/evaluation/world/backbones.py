@@ -207,9 +207,9 @@ def fetch_weights(network: str) -> Path:
                     raise WeightsError("what came holds no weights")
         except (OSError, RuntimeError, HTTPException, WeightsError) as error:
             name = "fvd" if network == "i3d" else "lpips"
-            told = str(error).replace(str(draft), "what came")
+            reason = str(error).replace(str(draft), "what came")
             raise WeightsError(
-                f"cannot fetch {url}: {told}; remedy: download it elsewhere and give --{name}-weights FILE"
+                f"cannot fetch {url}: {reason}; remedy: download it elsewhere and give --{name}-weights FILE"
             ) from error
     return file
 
@@ -237,8 +237,8 @@ def _fill(network: Any, found: Mapping[str, Tensor], path: str | os.PathLike[str
         if getattr(found.get(key), "shape", None) != value.shape and not key.endswith("num_batches_tracked")
     ]
     if wrong:
-        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise WeightsError(f"{path} holds no weights of {name}: {shown} missing or of another shape")
+        listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise WeightsError(f"{path} holds no weights of {name}: {listed} missing or of another shape")
     network.load_state_dict({key: found.get(key, value) for key, value in own.items()})
 
 

@@ -110,14 +110,14 @@ class Results:
 
     def strips(self) -> list[dict[str, list[NDArray[np.uint8]]]]:
         """Some frames of the longest clips, true and imagined, by what to call them."""
-        longest = sorted(range(len(self.clips)), key=lambda place: -self.clips[place].frames)[:_STRIPS]
+        longest = sorted(range(len(self.clips)), key=lambda index: -self.clips[index].frames)[:_STRIPS]
         return [
             {
                 name.removeprefix("strip/"): list(value)
                 for name, value in arrays.items()
                 if name.startswith("strip/")
             }
-            for arrays in (self._arrays[place] for place in sorted(longest))
+            for arrays in (self._arrays[index] for index in sorted(longest))
         ]
 
     def _means(self, metric: str, horizon: int) -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ class TokenTrajectories(Trajectories):
         self.keys = [EpisodeKey(episode.id, episode.task, len(episode)) for episode in self._data]
         if not self.keys:
             raise ClipError(f"split {split!r} of {root} holds no trajectory")
-        self._places = {key.id: place for place, key in enumerate(self.keys)}
+        self._indices = {key.id: index for index, key in enumerate(self.keys)}
         self.dimensions = self._data[0].actions.shape[1]
         files = [self._data.root / file for file in record.splits[split].files]
         self.identity = {"fingerprint": self._data.fingerprint, "files": _mark(self._data.root, files)}
@@ -121,7 +121,7 @@ class TokenTrajectories(Trajectories):
 
     def read(self, key: ClipKey, context: int) -> Clip:
         """A clip of codes."""
-        episode = self._data[self._places[key.id]]
+        episode = self._data[self._indices[key.id]]
         first, last = key.start - context + 1, key.start + key.frames
         codes = np.asarray(episode.codes[first : last + 1], dtype=np.int64)
         return Clip(key, np.array(episode.actions[first:last]), codes=codes)
