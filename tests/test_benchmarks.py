@@ -61,48 +61,6 @@ def test_encodings_of_the_published_procedure(data_pipeline):
     assert times(data_pipeline.TABLE_3) > 4
 
 
-@pytest.fixture
-def nano(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    yield importlib.import_module("nano")
-    for name in ("nano", "common"):
-        sys.modules.pop(name, None)
-
-
-def test_tables_of_a_model_card(nano):
-    low, high = nano.interval([1.0, 2.0, 3.0, 4.0])
-    assert 1 < low < 2.5 < high < 4
-    recipe = {"name": "nano", "history": 2, "chunk": 5, "attention": "causal"}
-    training = {"recipe": recipe, "parameters": 7_000_000, "seconds": 7200, "steps": 10, "machine": "2 threads"}
-    training["samples"] = {"action": 100, "world": 50}
-    found = {
-        "success": [
-            {"suite": "libero_object", "instruction": "lift", "successes": 15, "episodes": 20, "errors": 0},
-            {"suite": "libero_spatial", "instruction": "push", "successes": 5, "episodes": 19, "errors": 1},
-        ],
-        "action_l1": [0.1, 0.2],
-        "psnr": {n: [30.0, 31.0] for n in ("predicted", "reconstructed", "copied", "copied_tokens")},
-        "held_out_episodes": 2,
-        "bytes": {"model": 15_000_000, "image tokenizer": 4_400_000},
-        "image_size": 128,
-        "training": training,
-        "image_tokenizer": {"parameters": 2_000_000, "seconds": 3600, "steps": 7},
-        "versions": {"torch": "2"},
-    }
-    card = nano.card("nano", found)
-    for shown in (
-        "| libero_object: lift | 75 % (15/20) | 53 … 89 % |",  # Wilson's interval of 15 in 20
-        "| libero_spatial: push | 26 % (5/19), 1 errors |",
-        "| **all** | 51 % (20/39), 1 errors |",
-        "| mean absolute error of chunks of 5 actions | 0.1500 | 0.1000 … 0.2000 |",
-        "30.50 dB | 30.00 … 31.00 |",
-        "| parameters | 7,000,000 | 2,000,000 |",
-        "| on disk | 15.0 MB | 4.4 MB |",
-        "| training | 2.0 h | 1.0 h |",
-    ):
-        assert shown in card, card
-
-
 @pytest.mark.slow
 def test_logits_of_supervised_positions_take_less_memory():
     output = run("logits_memory.py", "--samples", "4", "--vocabulary", "8192", "--chunk", "256")

@@ -13,6 +13,7 @@ import tyro
 
 from worldvla_libero.cli.data import collect, prepare, replay
 from worldvla_libero.cli.model import Flat, ModelOptions, load_model
+from worldvla_libero.cli.nano import make_nano
 from worldvla_libero.cli.report import report
 from worldvla_libero.cli.world import imagine
 
@@ -292,6 +293,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "prepare": prepare,
     "train": _train,
     "train-tokenizer": _train_tokenizer,
+    "make-nano": make_nano,
     "evaluate": evaluate,
     "imagine": imagine,
     "report": report,

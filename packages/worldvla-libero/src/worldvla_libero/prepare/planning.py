@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +21,6 @@ from worldvla_libero.data.episodes import (
 from worldvla_libero.demonstrations.replay import ReplaySettings
 from worldvla_libero.jobs.parts import Dropped
 from worldvla_libero.prepare.sources import PrepareError, choose_camera
-
-if TYPE_CHECKING:
-    pass
 
 _PIXELS_PER_CODE = 16
 _SHOWN_REASONS = 3
