@@ -303,16 +303,23 @@ def _work(kind: str, seed: int, begin: int, end: int, out: Connection) -> None:
         for number in range(begin, end):
             path.write_bytes(mutate(good, random.Random(f"{kind} {seed} {number}"), fields=KINDS[kind].fields))
             out.send(("begun", number, None, 0.0, 0))
-            began = time.perf_counter()
-            try:
-                read(folder)
-                answer = "read"
-            except Exception as error:  # noqa: BLE001 - every kind of answer is what is looked for
-                known = type(error).__module__.startswith("worldvla")
-                answer = "refused" if known else f"{type(error).__module__}.{type(error).__name__}: {error}"
+            answer, seconds = _timed(read, folder)
+            if seconds > SLOWEST:  # is it the file, or was the processor somebody else's?
+                seconds = min(seconds, _timed(read, folder)[1])
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            out.send(("done", number, answer, time.perf_counter() - began, memory))
+            out.send(("done", number, answer, seconds, memory))
     out.send(("end", end, None, 0.0, 0))
+
+
+def _timed(read: Read, folder: Path) -> tuple[str, float]:
+    began = time.perf_counter()
+    try:
+        read(folder)
+        answer = "read"
+    except Exception as error:  # noqa: BLE001 - every kind of answer is what is looked for
+        known = type(error).__module__.startswith("worldvla")
+        answer = "refused" if known else f"{type(error).__module__}.{type(error).__name__}: {error}"
+    return answer, time.perf_counter() - began
 
 
 @contextmanager
@@ -366,10 +373,10 @@ def _count(found: Found, number: int, answer: str, seconds: float) -> None:
     elif answer == "refused":
         found.refused += 1
     else:
-        told = " ".join(answer.split())[:160]
-        kind = told.partition(":")[0]
+        message = " ".join(answer.split())[:160]
+        kind = message.partition(":")[0]
         if not found.wrong[kind]:
-            found.first[told] = number
+            found.first[message] = number
         found.wrong[kind] += 1
 
 
