@@ -4,8 +4,8 @@
 
 What is measured, `worldvla_libero.nano.card` says: success in closed loop, errors of chunks and of imagined frames
 on the episodes of FRAMES that were held out (demonstrations with frames, as `worldvla replay --to hdf5` makes
-them), sizes, cost. With --card the tables become the model's README.md. Finished evaluations of the same weights in
---out are read, not run again.
+them), sizes, cost. With --card the tables become the model's README.md. Finished evaluations of the same weights
+in --out are read, not run again.
 """
 
 from __future__ import annotations
