@@ -363,6 +363,7 @@ def five_stages(**fields: Any) -> VQGAN:
         ({"n_embed": 8_193}, "codebook of 8193"),
         ({"ch_mult": (1,) * 4}, "codes of 8 x 8 pixels; image blocks hold codes of 16 x 16"),  # taming's f8
         ({"ch_mult": (1,) * 6}, "codes of 32 x 32 pixels"),
+        ({"stem": 4}, "codes of 64 x 64 pixels.*of stem 4 with 3"),
     ],
 )
 def test_codes_that_no_model_could_read(fields, message):
@@ -373,6 +374,14 @@ def test_codes_that_no_model_could_read(fields, message):
 def test_smaller_codebooks_are_welcome():
     ImageTokenizer(five_stages()).check_vocabulary(Vocabulary.published())
     ImageTokenizer(five_stages(n_embed=8_192)).check_vocabulary(Vocabulary.published())
+
+
+def test_a_stem_may_stand_for_stages():
+    tokenizer = ImageTokenizer(five_stages(ch_mult=(1, 1, 1), stem=4), image_size=32)
+    tokenizer.check_vocabulary(Vocabulary.published())
+    codes = tokenizer.encode(np.zeros((1, 32, 32, 3), np.uint8))
+    assert codes.shape == (1, 2, 2)
+    assert tokenizer.decode(codes).shape == (1, 32, 32, 3)
 
 
 def test_another_size_on_the_same_network():

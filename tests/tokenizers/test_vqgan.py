@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from worldvla_tokenizers.vqgan import VQGAN, CheckpointError, PixelError, VQGANC
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published"
 TOKENIZER = PUBLISHED / "tokenizer"
 SMALL = VQGANConfig(ch=32, ch_mult=(1, 1, 1), z_channels=8, embed_dim=4, n_embed=32, num_res_blocks=1)
+FOLDED = dataclasses.replace(SMALL, ch_mult=(1, 1), stem=4)
 
 
 @cache
@@ -218,6 +220,90 @@ def test_bad_pixels(pixels, message):
 def test_bad_codes(codes, message):
     with pytest.raises(PixelError, match=message):
         small().decode(codes)
+
+
+# --- the stem ---------------------------------------------------------------------------------------------------
+
+
+def folded(**changes: object) -> VQGAN:
+    torch.manual_seed(0)
+    return VQGAN(dataclasses.replace(FOLDED, **changes)).eval()
+
+
+@pytest.mark.parametrize(("stem", "stages"), [(2, 1), (2, 3), (4, 2), (8, 1)])
+def test_a_stem_multiplies_the_pixels_of_a_code(stem, stages):
+    model, factor = folded(stem=stem, ch_mult=(1,) * stages), stem * 2 ** (stages - 1)
+    assert model.config.factor == factor
+    codes = model.encode(torch.rand(2, 3, 3 * factor, 2 * factor) * 2 - 1)
+    assert codes.shape == (2, 3, 2)
+    assert model.decode(codes).shape == (2, 3, 3 * factor, 2 * factor)
+    assert model.encoder.conv_in.in_channels == model.decoder.conv_out.out_channels == 3 * stem**2
+    assert model.state_dict().keys() == folded(stem=1, ch_mult=(1,) * stages).state_dict().keys()
+    with pytest.raises(PixelError, match=f"both must be multiples of {factor}"):
+        model.encode(torch.zeros(1, 3, factor, factor // 2))
+
+
+def test_folding_moves_pixels_into_channels_and_back():
+    model = folded()
+    for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
+        setattr(model, name, torch.nn.Identity())
+    pixels = torch.rand(2, 3, 8, 12)
+    latents = model.to_latents(pixels)
+    blocks = pixels.numpy().reshape(2, 3, 2, 4, 3, 4).transpose(0, 1, 3, 5, 2, 4)  # (B, C, y, x, h, w)
+    np.testing.assert_array_equal(latents, blocks.reshape(2, 48, 2, 3))
+    assert torch.equal(model.from_latents(latents), pixels)
+
+
+def test_attention_is_at_the_image_sizes_named():
+    model = folded(resolution=64, attn_resolutions=(8,))  # stages of 16 and 8 px
+    assert [len(stage.attn) for stage in model.encoder.down] == [0, 1]
+    assert [len(stage.attn) for stage in model.decoder.up] == [0, 2]
+    seen = []
+    for layer in (model.encoder.down[1].attn[0], model.decoder.up[1].attn[0]):
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[2:]))
+    model.decode(model.encode(torch.zeros(1, 3, 64, 64)))
+    assert seen == [(8, 8), (8, 8)]
+
+
+def test_a_stem_is_saved_and_none_is_not_mentioned(tmp_path):
+    """Readers of before there were stems refuse fields that they do not know."""
+    folded().save_pretrained(tmp_path / "folded")
+    loaded = VQGAN.from_pretrained(tmp_path / "folded")
+    assert json.loads((tmp_path / "folded" / "config.json").read_text())["stem"] == 4
+    assert loaded.config == FOLDED
+    assert loaded.fingerprint == folded().fingerprint
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    assert torch.equal(loaded.encode(pixels), folded().encode(pixels))
+
+    small().save_pretrained(tmp_path / "small")
+    content = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert "stem" not in content
+    for fields in (content, {**content, "stem": 1}):
+        (tmp_path / "small" / "config.json").write_text(json.dumps(fields))
+        assert VQGAN.from_pretrained(tmp_path / "small").config == SMALL
+
+
+def test_the_published_pair_may_have_a_stem(tmp_path):
+    content = yaml.safe_load((TOKENIZER / "vqgan.yaml").read_text())
+    params = content["model"]["params"] | {"n_embed": 32, "embed_dim": 4}
+    params["ddconfig"] |= {"ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 8, "stem": 4}
+    content["model"]["params"] = params
+    (tmp_path / "vqgan.yaml").write_text(yaml.safe_dump(content))
+    torch.save({"state_dict": folded().state_dict()}, tmp_path / "vqgan.ckpt")
+    loaded = VQGAN.from_pretrained(tmp_path)
+    assert loaded.config == FOLDED
+    assert loaded.fingerprint == folded().fingerprint
+
+
+def test_without_a_stem_the_fingerprint_is_that_of_before_there_were_any():
+    """Data sets hold it; restated from the fields that there were."""
+    names = "embed_dim n_embed z_channels resolution in_channels out_ch ch ch_mult num_res_blocks".split()
+    config = {name: getattr(SMALL, name) for name in (*names, "attn_resolutions", "dropout", "double_z")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(small().state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    assert small().fingerprint == digest.hexdigest()
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -418,6 +504,11 @@ def test_truncated_checkpoint(tmp_path, keep):
         ("ddconfig.dropout", 1.0, "dropout is 1.0"),
         ("ddconfig.dropout", "no", "dropout is 'no'"),
         ("ddconfig.double_z", True, "double_z is True"),
+        ("ddconfig.stem", 3, "stem is 3; a power of two is needed: 1, 2, 4, 8 …"),
+        ("ddconfig.stem", 0, "stem is 0; a whole number of at least 1"),
+        ("ddconfig.stem", -4, "stem is -4; a whole number"),
+        ("ddconfig.stem", 2.0, "stem is 2.0; a whole number"),
+        ("ddconfig.stem", True, "stem is True; a whole number"),
         ("ddconfig", None, r"no 'model\.params\.ddconfig'"),
     ],
 )

@@ -27,6 +27,7 @@ from worldvla_tokenizers.vqgan_training import (
 )
 
 TINY = VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8, embed_dim=8, n_embed=16)
+FOLDED = VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8, embed_dim=8, n_embed=16, stem=4)
 COLOURS = np.array([[220, 40, 40], [40, 200, 60], [40, 60, 210], [240, 220, 60]], np.uint8)
 VGG_CHANNELS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256)}
 VGG_CHANNELS |= {14: (256, 256), 17: (256, 512), **dict.fromkeys((19, 21, 24, 26, 28), (512, 512))}
@@ -259,6 +260,15 @@ def test_it_learns_to_draw(learned):
     after = trainer.evaluate(frames)
     assert after["l1"] < 0.4 * before["l1"]
     assert after["psnr"] > before["psnr"] + 3
+    assert after["codes_used"] > 8
+
+
+def test_it_learns_to_draw_behind_a_stem():
+    trainer, frames = make(FOLDED, steps=60, codebook_decay=0.9, restart_after=10), squares(8, 32)
+    before = trainer.evaluate(frames)
+    train(trainer, frames)
+    after = trainer.evaluate(frames)
+    assert after["psnr"] > before["psnr"] + 6
     assert after["codes_used"] > 8
 
 

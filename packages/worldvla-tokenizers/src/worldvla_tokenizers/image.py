@@ -51,8 +51,8 @@ class ImageTokenizer:
 
     Args:
         vqgan: the network.
-        image_size: None to take images as they are (sides multiples of 16 px), or a target in pixels, a
-            multiple of 32: images of any size then go through `fit` first.
+        image_size: None to take images as they are (sides multiples of `vqgan.config.factor`, published: 16 px),
+            or a target in pixels, a multiple of 32: images of any size then go through `fit` first.
         batch_size: images that are encoded at once. One at a time gives the published codes to the last one; in a
             batch convolutions round differently, and near ties may fall otherwise. On a GPU larger is faster.
 
@@ -156,7 +156,7 @@ class ImageTokenizer:
         if factor != CODE:
             raise ImageError(
                 f"the image tokenizer has codes of {factor} x {factor} pixels; image blocks hold codes of {CODE} "
-                f"x {CODE}; remedy: an image tokenizer with 5 stages (ch_mult)"
+                f"x {CODE}; remedy: an image tokenizer with 5 stages (ch_mult), or of stem 4 with 3"
             )
 
     @property
@@ -211,7 +211,7 @@ class ImageTokenizer:
             generator: source of random crop offsets; None for centred crops.
 
         Returns:
-            (B, H/16, W/16) codes; one image gives B = 1.
+            (B, H/factor, W/factor) codes (published: 16 px each); one image gives B = 1.
 
         Raises:
             ImageError: no image, one of a type, shape or size that is not understood, or images of several
@@ -250,7 +250,7 @@ class ImageTokenizer:
             batch_size: images that go through the network at once.
 
         Returns:
-            (B, 16·h, 16·w, 3) uint8; one image gives B = 1. As in the published code, values are cut to
+            (B, factor·h, factor·w, 3) uint8; one image gives B = 1. As in the published code, values are cut to
             [-1, 1] and truncated, not rounded, to 8 bits.
 
         Raises:

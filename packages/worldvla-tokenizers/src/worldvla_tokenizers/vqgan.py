@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import VectorQuantizer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from worldvla_tokenizers.files import (
     HubOptions,
@@ -79,20 +80,24 @@ class VQGANConfig:
         embed_dim: width of a codebook entry.
         n_embed: entries of the codebook.
         z_channels: width between encoder and codebook, and between codebook and decoder.
-        resolution: image size [px] that `attn_resolutions` refers to; it limits no input.
+        resolution: image size [px] at which `attn_resolutions` are those of the stages; it limits no input.
         in_channels: channels of the input (3: RGB).
         out_ch: channels of the output.
         ch: width of the first stage; a multiple of 32.
         ch_mult: width of each stage in units of `ch`; each stage but the last halves the image.
         num_res_blocks: residual blocks per stage.
-        attn_resolutions: image sizes [px] at which a stage has attention.
+        attn_resolutions: image sizes [px] at which a stage has attention. The first stage works on images of
+            `resolution` / `stem`, each further one on half of that.
         dropout: in the residual blocks.
         double_z: must be false (mean and variance are for KL autoencoders, not for a codebook).
+        stem: s, a power of two: blocks of s x s pixels are folded into channels before the encoder and unfolded
+            after the decoder, in place of stages at full size, which cost the most. 1 for none, as published.
 
     Raises:
         CheckpointError: a value is out of range.
 
-    Source: Esser et al. 2021; `vqgan.yaml` of Chameleon (Gafni et al. 2022).
+    Source: Esser et al. 2021; `vqgan.yaml` of Chameleon (Gafni et al. 2022). The stem is that of Shi et al. 2016;
+    the tokenizers of Cosmos (NVIDIA 2025) fold by wavelets.
     """
 
     embed_dim: int = 256
@@ -107,6 +112,7 @@ class VQGANConfig:
     attn_resolutions: tuple[int, ...] = ()
     dropout: float = 0.0
     double_z: bool = False
+    stem: int = 1
 
     def __post_init__(self) -> None:
         for name in ("ch_mult", "attn_resolutions"):
@@ -115,7 +121,7 @@ class VQGANConfig:
                 raise CheckpointError(f"{name} is {value!r}; a list of whole numbers is needed")
             object.__setattr__(self, name, tuple(value))
         numbers = ("embed_dim", "n_embed", "z_channels", "resolution", "in_channels", "out_ch", "ch")
-        for name in (*numbers, "num_res_blocks"):
+        for name in (*numbers, "num_res_blocks", "stem"):
             _check_whole(name, getattr(self, name))
         for name in ("ch_mult", "attn_resolutions"):
             for value in getattr(self, name):
@@ -128,21 +134,34 @@ class VQGANConfig:
             raise CheckpointError(f"dropout is {self.dropout!r}; allowed: 0 up to, not including, 1")
         if self.double_z is not False:
             raise CheckpointError(f"double_z is {self.double_z!r}; a VQ-GAN has double_z: false")
+        if self.stem.bit_count() != 1:
+            raise CheckpointError(f"stem is {self.stem}; a power of two is needed: 1, 2, 4, 8 …")
 
     @property
     def factor(self) -> int:
         """Pixels per code, along each side (published: 16)."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return self.stem * 2 ** (len(self.ch_mult) - 1)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Fields by name, as files hold them: without `stem` where there is none.
+
+        A network without a stem keeps the files and the fingerprint that it had when there was no such field.
+        """
+        fields = dataclasses.asdict(self)
+        if self.stem == 1:
+            del fields["stem"]
+        return fields
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any], *, origin: str) -> VQGANConfig:
-        """Check fields by name: all of them, and no other.
+        """Check fields by name: all of them but `stem`, which may be absent (1), and no other.
 
         Raises:
             CheckpointError: fields are missing or unknown (all are listed), or a value is out of range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = sorted(known - fields.keys()), sorted(map(str, fields.keys() - known))
+        missing = sorted(known - fields.keys() - {"stem"})
+        unknown = sorted(map(str, fields.keys() - known))
         if missing or unknown:
             raise CheckpointError(
                 f"{origin}: missing fields: {', '.join(missing) or 'none'}; "
@@ -193,6 +212,9 @@ class VQGAN(nn.Module):
         super().__init__()
         self.config = config
         topology = dataclasses.asdict(config)
+        for name in ("in_channels", "out_ch"):
+            topology[name] *= config.stem**2
+        topology["resolution"] //= config.stem
         with contextlib.redirect_stdout(io.StringIO()):  # taming prints the shape of z
             self.encoder = Encoder(**topology)
             self.decoder = Decoder(**topology)
@@ -203,7 +225,8 @@ class VQGAN(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of configuration and weights, in hexadecimal: equal networks give equal codes."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())
+        # Not of `asdict`: data sets hold fingerprints of networks without a stem, from before there were any.
+        digest = hashlib.sha256(json.dumps(self.config.to_mapping(), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -240,7 +263,7 @@ class VQGAN(nn.Module):
                 values.
         """
         self._check_pixels(pixels)
-        z = self.quant_conv(self.encoder(pixels.to(self.device, self.dtype)))  # (B, E, h, w)
+        z = self.to_latents(pixels.to(self.device, self.dtype))  # (B, E, h, w)
         vectors = z.permute(0, 2, 3, 1).reshape(-1, self.config.embed_dim)  # (B·h·w, E)
         codes = nearest_codes(vectors, self.quantize.embedding.weight, positions_per_chunk)
         return codes.view(z.shape[0], *z.shape[2:])
@@ -267,7 +290,18 @@ class VQGAN(nn.Module):
         if low < 0 or high >= self.config.n_embed:
             raise PixelError(f"codes reach from {low} to {high}; allowed: 0 … {self.config.n_embed - 1}")
         z = self.quantize.embedding(codes).permute(0, 3, 1, 2)  # (B, E, h, w)
-        return self.decoder(self.post_quant_conv(z)).float()
+        return self.from_latents(z).float()
+
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """(B, in_channels, H, W) in [-1, 1] → (B, embed_dim, h, w), what codes are chosen for; with gradients."""
+        stem = self.config.stem
+        folded = functional.pixel_unshuffle(pixels, stem) if stem > 1 else pixels
+        return self.quant_conv(self.encoder(folded))
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """(B, embed_dim, h, w), entries of the codebook → (B, out_ch, H, W) about [-1, 1]; with gradients."""
+        drawn, stem = self.decoder(self.post_quant_conv(latents)), self.config.stem
+        return functional.pixel_shuffle(drawn, stem) if stem > 1 else drawn
 
     @classmethod
     def from_pretrained(
@@ -343,7 +377,7 @@ class VQGAN(nn.Module):
 
         Weights that bf16 holds without loss take half the space; loading gives the same values back.
         """
-        content = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
+        content = {"model_type": MODEL_TYPE, **self.config.to_mapping()}
         with staged_folder(folder) as stage:
             tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
             short = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}

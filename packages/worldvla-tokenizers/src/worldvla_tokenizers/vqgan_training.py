@@ -1,6 +1,6 @@
 """Training a VQ-GAN on frames: L1, perceptual and adversarial loss, a codebook that follows its vectors.
 
-    frames → crops of 16·n pixels → encoder → nearest codes → decoder → losses → weights
+    frames → encoder → nearest codes → decoder → losses → weights
 
 The codebook is a running mean of the vectors assigned to each code, and a code that nothing was assigned to for a
 while is put where vectors are: both keep all of it in use, which gradients alone (taming's way) do not.
@@ -270,8 +270,8 @@ class VQGANTrainer:
         """Train up to a step.
 
         Args:
-            frames: (H, W, 3) uint8 each, of one size; sides multiples of 16 px. Anything with a length and an
-                index, such as a memory-mapped array.
+            frames: (H, W, 3) uint8 each, of one size; sides multiples of `vqgan.config.factor`. Anything with a
+                length and an index, such as a memory-mapped array.
             until: number of the step to stop before; None for all of `settings.steps`.
             on_step: told the number of steps done, and the losses of the last by name, over all processes.
 
@@ -298,7 +298,7 @@ class VQGANTrainer:
         """Reconstruct frames.
 
         Args:
-            frames: (H, W, 3) uint8 each, of one size; sides multiples of 16 px.
+            frames: (H, W, 3) uint8 each, of one size; sides multiples of `vqgan.config.factor`.
             batch_size: frames at once, which changes nothing but the memory taken.
 
         Returns:
@@ -484,14 +484,14 @@ class _Autoencoder(nn.Module):
     def forward(self, pixels: Tensor, assign: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) → the same, reconstructed, and the commitment loss."""
         vqgan = self.vqgan
-        z = vqgan.quant_conv(vqgan.encoder(pixels)).float()  # (B, E, h, w)
+        z = vqgan.to_latents(pixels).float()  # (B, E, h, w)
         vectors = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (B·h·w, E)
         codes = assign(vectors.detach())
         chosen = functional.embedding(codes, vqgan.quantize.embedding.weight)
         commitment = functional.mse_loss(vectors, chosen)
         straight = vectors + (chosen - vectors).detach()  # gradients go past the choice
         straight = straight.view(z.shape[0], *z.shape[2:], z.shape[1]).permute(0, 3, 1, 2).contiguous()
-        return vqgan.decoder(vqgan.post_quant_conv(straight)), commitment
+        return vqgan.from_latents(straight), commitment
 
 
 def _read(path: str | os.PathLike[str], what: str) -> Any:
