@@ -21,19 +21,22 @@ def train(file, options):
     torch.Tensor.float = torch.Tensor.double  # frames are brought to fp32
     frames = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
     frames = frames.repeat(4, axis=1).repeat(4, axis=2)  # blocks of 4 px
+    moving = np.random.default_rng(1).random((10, 16, 16)) < np.linspace(0, 1, 10)[:, None, None]
     refused = None
     if torch.distributed.is_torchelastic_launched():
         try:
-            VQGANTrainer(VQGAN(TINY), VQGANTraining(**{**options, "batch_size": 3}), device="cpu").train(frames)
+            VQGANTrainer(VQGAN(TINY), VQGANTraining(**{**options, "batch_size": 3}), device="cpu").train(
+                frames, moving=moving
+            )
         except VQGANTrainingError as error:
             refused = str(error)
     torch.manual_seed(0)
     trainer = VQGANTrainer(VQGAN(TINY), VQGANTraining(**options), device="cpu")
     assert {tensor.dtype for tensor in trainer.vqgan.parameters()} == {torch.float64}
     losses = []
-    trainer.train(frames, until=5, on_step=lambda step, values: losses.append(values))
+    trainer.train(frames, moving=moving, until=5, on_step=lambda step, values: losses.append(values))
     early = trainer.vqgan.quantize.embedding.weight.detach().clone()
-    trainer.train(frames, on_step=lambda step, values: losses.append(values))
+    trainer.train(frames, moving=moving, on_step=lambda step, values: losses.append(values))
     found = {
         "processes": trainer.accelerator.num_processes,
         "refused": refused,

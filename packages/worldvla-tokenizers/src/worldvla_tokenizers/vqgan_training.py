@@ -59,6 +59,14 @@ class Frames(Protocol):
     def __getitem__(self, index: int, /) -> NDArray[np.uint8]: ...
 
 
+class Masks(Protocol):
+    """Masks of frames by the index of these: (H, W) bool, or integers that are 0 for False."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> NDArray[np.bool_] | NDArray[np.integer]: ...
+
+
 class VQGANTrainingError(ValueError):
     """Settings, frames or a checkpoint that no VQ-GAN can be trained with."""
 
@@ -73,6 +81,7 @@ class VQGANTraining:
         learning_rate: the highest, reached after the warm-up and left along a cosine, down to 0.
         warmup: share of the steps in which the learning rate rises.
         pixel_weight: weight of the mean absolute difference.
+        motion_weight: how many times as much as another a pixel that moves counts in it; 1 for all alike.
         perceptual_weight: weight of LPIPS; it counts only where VGG's weights are given.
         commitment: weight β of what draws vectors to their codes.
         codebook_decay: of the running means that the codes are.
@@ -90,7 +99,7 @@ class VQGANTraining:
         VQGANTrainingError: a value is out of range.
 
     Source: Esser et al. 2021 (losses and discriminator, hinge); van den Oord et al. 2017, appendix A.1 (running
-    means); Dhariwal et al. 2020 (restarts).
+    means); Dhariwal et al. 2020 (restarts). The motion weight is ours.
     """
 
     steps: int = 100_000
@@ -110,10 +119,12 @@ class VQGANTraining:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     seed: int = 0
+    motion_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "restart_after", "discriminator_channels", "discriminator_layers"):
-            if getattr(self, name) < 1:
+        whole = ("steps", "batch_size", "restart_after", "discriminator_channels", "discriminator_layers")
+        for name in (*whole, "motion_weight"):
+            if not getattr(self, name) >= 1:
                 raise VQGANTrainingError(f"{name} is {getattr(self, name)}; allowed: 1 and above")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
@@ -264,6 +275,7 @@ class VQGANTrainer:
         self,
         frames: Frames,
         *,
+        moving: Masks | None = None,
         until: int | None = None,
         on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
     ) -> None:
@@ -272,14 +284,25 @@ class VQGANTrainer:
         Args:
             frames: (H, W, 3) uint8 each, of one size; sides multiples of `vqgan.config.factor`. Anything with a
                 length and an index, such as a memory-mapped array.
+            moving: which pixels of each frame move; needed where `settings.motion_weight` is above 1, and else not
+                looked at.
             until: number of the step to stop before; None for all of `settings.steps`.
             on_step: told the number of steps done, and the losses of the last by name, over all processes.
 
         Raises:
-            VQGANTrainingError: no frames, or the loss is not finite.
+            VQGANTrainingError: no frames, masks that are missing or do not fit them, or the loss is not finite.
         """
         if len(frames) == 0:
             raise VQGANTrainingError("no frames; at least one is needed")
+        if self.settings.motion_weight == 1:
+            moving = None  # they would count as much as the others
+        elif moving is None:
+            raise VQGANTrainingError(
+                f"motion_weight is {self.settings.motion_weight}, but which pixels move is not given; "
+                "masks of them are needed"
+            )
+        else:
+            _check_masks(moving, frames)
         sides, factor = frames[0].shape[:2], self.vqgan.config.factor
         if any(side % factor for side in sides):
             raise VQGANTrainingError(f"frames of {sides[1]} x {sides[0]} px; multiples of {factor} are needed")
@@ -289,42 +312,56 @@ class VQGANTrainer:
             while self.step < end:
                 # For dropout, which takes torch's own random numbers; other ones on each process.
                 torch.manual_seed(self._seed() * self.accelerator.num_processes + self.accelerator.process_index)
-                losses = self._train_step(self._batch(frames, self.step))
+                chosen = self._chosen(len(frames))
+                pixels = _to_pixels([frames[i] for i in chosen]).to(device)
+                masks = None if moving is None else _to_masks([moving[i] for i in chosen]).to(device)
+                losses = self._train_step(pixels, masks)
                 self.step += 1
                 on_step(self.step, losses)
 
     @torch.no_grad()
-    def evaluate(self, frames: Frames, *, batch_size: int = 8) -> dict[str, float]:
+    def evaluate(self, frames: Frames, *, moving: Masks | None = None, batch_size: int = 8) -> dict[str, float]:
         """Reconstruct frames.
 
         Args:
             frames: (H, W, 3) uint8 each, of one size; sides multiples of `vqgan.config.factor`.
+            moving: which pixels of each frame move; None if it is not known.
             batch_size: frames at once, which changes nothing but the memory taken.
 
         Returns:
             `l1` and `psnr` [dB] of pixel values cut to the range of images (PSNR of each frame, then the mean),
             `codes_used`, how many different codes occur, and `perplexity`, exp of the entropy of their
-            frequencies.
+            frequencies. Where a pixel moves also `psnr_moving` [dB], of these pixels of all frames together.
 
         Raises:
-            VQGANTrainingError: no frames.
+            VQGANTrainingError: no frames, or masks that do not fit them.
         """
         if len(frames) == 0:
             raise VQGANTrainingError("no frames; at least one is needed")
+        if moving is not None:
+            _check_masks(moving, frames)
         self.vqgan.eval()
         absolute, decibels, counts = [], [], torch.zeros(self.vqgan.config.n_embed)
+        squares = moved = 0.0
         for start in range(0, len(frames), batch_size):
-            pixels = _to_pixels([frames[i] for i in range(start, min(start + batch_size, len(frames)))])
+            chosen = range(start, min(start + batch_size, len(frames)))
+            pixels = _to_pixels([frames[i] for i in chosen])
             codes = self.vqgan.encode(pixels)
             error = (self.vqgan.decode(codes).cpu().clamp(-1, 1) - pixels) / 2
             absolute += error.abs().mean(dim=(1, 2, 3)).tolist()
-            decibels += (-10 * error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()).tolist()
+            decibels += _decibels(error.square().mean(dim=(1, 2, 3))).tolist()
+            if moving is not None:
+                masks = _to_masks([moving[i] for i in chosen]).expand_as(error)
+                squares += float(error[masks].double().square().sum())
+                moved += float(masks.sum())
             counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
         self.vqgan.train()
         share = counts[counts > 0] / counts.sum()
+        of_moving = {"psnr_moving": float(_decibels(torch.tensor(squares / moved)))} if moved else {}
         return {
             "l1": float(np.mean(absolute)),
             "psnr": float(np.mean(decibels)),
+            **of_moving,
             "codes_used": float((counts > 0).sum()),
             "perplexity": math.exp(float(-(share * share.log()).sum())),
         }
@@ -355,6 +392,7 @@ class VQGANTrainer:
         saved = state.get("settings") if isinstance(state, dict) else None
         if not isinstance(saved, dict):
             raise VQGANTrainingError(f"{path} holds something else than a checkpoint of a VQ-GAN's training")
+        saved = {"stem": 1, "motion_weight": 1.0, **saved}  # as it was when these were no settings yet
         other = [
             f"{name}: {saved.get(name)!r} there, {value!r} here"
             for name, value in self._identity().items()
@@ -381,15 +419,12 @@ class VQGANTrainer:
         device, enabled = self.accelerator.device.type, self.settings.precision == "bf16"
         return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
-    def _batch(self, frames: Frames, step: int) -> Tensor:
-        """The share of this process in the frames of a step; in each round every frame comes once."""
+    def _chosen(self, count: int) -> list[int]:
+        """The share of this process in the frames of the step; in each round every one of `count` comes once."""
         size, share = self.settings.batch_size, self.settings.batch_size // self.accelerator.num_processes
-        first = step * size + self.accelerator.process_index * share
-        chosen = []
-        for place in range(first, first + share):
-            epoch, index = divmod(place, len(frames))
-            chosen.append(frames[int(self._order(epoch, len(frames))[index])])
-        return _to_pixels(chosen).to(self.accelerator.device)
+        first = self.step * size + self.accelerator.process_index * share
+        places = [divmod(place, count) for place in range(first, first + share)]
+        return [int(self._order(epoch, count)[index]) for epoch, index in places]
 
     def _order(self, epoch: int, count: int) -> NDArray[np.int64]:
         key = epoch, count
@@ -398,7 +433,7 @@ class VQGANTrainer:
             self._known_order = key, np.random.default_rng(seeds).permutation(count)
         return self._known_order[1]
 
-    def _train_step(self, pixels: Tensor) -> dict[str, float]:
+    def _train_step(self, pixels: Tensor, moving: Tensor | None) -> dict[str, float]:
         settings, accelerator = self.settings, self.accelerator
         chance = torch.Generator().manual_seed(self._seed())
         adversarial = settings.discriminator_start is not None and self.step >= settings.discriminator_start
@@ -411,8 +446,15 @@ class VQGANTrainer:
                 pixels, lambda vectors: self.codebook.follow(vectors, accelerator, chance)
             )
         drawn = drawn.float()
-        parts = {"l1": (drawn - pixels).abs().mean(), "commitment": commitment}
-        loss = settings.pixel_weight * parts["l1"] + settings.commitment * commitment
+        difference = (drawn - pixels).abs()
+        parts = {"l1": difference.mean(), "commitment": commitment}
+        pixel_loss = parts["l1"]
+        if moving is not None:
+            # Not divided by the sum of the weights: the background counts as much as ever, and the mean over
+            # processes is that of all their frames, however much moves in the share of each.
+            weights = torch.where(moving, settings.motion_weight, 1.0)  # (B, 1, H, W)
+            parts["weighted_l1"] = pixel_loss = (weights * difference).mean()
+        loss = settings.pixel_weight * pixel_loss + settings.commitment * commitment
         if self.perceptual is not None:
             parts["perceptual"] = self.perceptual(drawn, pixels).mean()
             loss = loss + settings.perceptual_weight * parts["perceptual"]
@@ -500,6 +542,25 @@ def _read(path: str | os.PathLike[str], what: str) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
         except _UNREADABLE as error:
             raise VQGANTrainingError(f"{path} is not {what}, or is damaged ({type(error).__name__})") from error
+
+
+def _check_masks(masks: Masks, frames: Frames) -> None:
+    if len(masks) != len(frames):
+        raise VQGANTrainingError(
+            f"{len(masks)} masks of moving pixels for {len(frames)} frames; one for each is needed"
+        )
+    found, needed = np.shape(masks[0]), np.shape(frames[0])[:2]
+    if found != needed:
+        raise VQGANTrainingError(f"masks of moving pixels have shape {found}; {needed} needed, as of the frames")
+
+
+def _to_masks(masks: Sequence[NDArray[np.bool_] | NDArray[np.integer]]) -> Tensor:
+    return torch.from_numpy(np.stack(masks)).unsqueeze(1) != 0  # (B, 1, H, W)
+
+
+def _decibels(mean_square: Tensor) -> Tensor:
+    """PSNR [dB] of errors whose range is 1; of none at all 100."""
+    return -10 * mean_square.clamp(min=1e-10).log10()
 
 
 def _to_pixels(frames: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -2,7 +2,7 @@
 
 The frames go into one array once; training can be interrupted, and leaves numbers and pictures on the way.
 
-    frames/             the frames as arrays, and what they were taken from
+    frames/             the frames as arrays, what moves in them if that is weighted, and what they were taken from
     checkpoint.pt       where training goes on
     log.jsonl, log.csv, curves.png, reconstructions.png
     config.json, model.safetensors, image_tokenizer.json, training.json, README.md      the result
@@ -32,6 +32,7 @@ from worldvla_tokenizers.files import staged_folder, write_text_atomic
 from worldvla_tokenizers.image import fit
 from worldvla_tokenizers.vqgan_training import (
     Frames,
+    Masks,
     VQGANTrainer,
     VQGANTraining,
     VQGANTrainingError,
@@ -44,7 +45,14 @@ STRIPS_FILE = "reconstructions.png"
 RECORD_FILE = "training.json"
 CARD_FILE = "README.md"
 
+STILL_LEVELS = 8
+"""How far a pixel may be from the background and be still, in levels of 255 of any channel.
+
+Codecs and sensors change still pixels by less; a shadow is often a matter of more.
+"""
+
 _TRAINING, _HELD_OUT = "train.npy", "validation.npy"
+_TRAINING_MOVING, _HELD_OUT_MOVING = "train_moving.npy", "validation_moving.npy"
 _SHOWN = 8  # frames in a strip
 
 
@@ -105,11 +113,29 @@ class Intervals:
                 raise VQGANTrainingError(f"{name} is every {value} steps; allowed: 1 and above")
 
 
+def moving_pixels(frames: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Tell what moves from the background: the median frame of the episode.
+
+    What rests in one place for more than half of the episode is background there, an arm, too. A camera that moves
+    has none: then everything moves.
+
+    Args:
+        frames: (T, H, W, 3), all of one episode.
+
+    Returns:
+        (T, H, W) True where a channel differs from the background by more than `STILL_LEVELS`.
+    """
+    background = np.median(frames, axis=0)
+    # Frame by frame: the differences of all of them would take several times the memory of the episode.
+    return np.stack([(np.abs(frame - background) > STILL_LEVELS).any(axis=-1) for frame in frames])
+
+
 def gather_frames(
     source: Source,
     folder: str | os.PathLike[str],
     settings: FrameSettings,
     *,
+    moving: bool = False,
     on_episode: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Bring frames to one size and into two arrays on disk, for training and held out; memory-mapped.
@@ -120,6 +146,7 @@ def gather_frames(
         source: demonstrations with frames.
         folder: for the arrays.
         settings: which frames.
+        moving: also find out which of their pixels move, for `gathered_masks` to read.
         on_episode: told how many episodes are done, and how many there are.
 
     Returns:
@@ -134,15 +161,16 @@ def gather_frames(
     keys, _ = source.list()
     camera = _camera(source, settings)
     record = {**dataclasses.asdict(settings), "camera": camera, "episodes": digest(keys)}
+    record["still_levels"] = STILL_LEVELS if moving else None
     path = folder / "frames.json"
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
-        if known != record:
-            other = [
-                f"{name} {known.get(name)!r}, not {record[name]!r}"
-                for name in record
-                if known.get(name) != record[name]
-            ]
+        other = [
+            f"{name} {known.get(name)!r}, not {record[name]!r}"
+            for name in record
+            if known.get(name) != record[name]
+        ]
+        if other:
             raise FramesError(f"{folder} holds frames of another run: {'; '.join(other)}; choose another folder")
     else:
         parts = split(keys, fraction=settings.train_fraction, seed=settings.split_seed)
@@ -151,36 +179,56 @@ def gather_frames(
         if not held_out:
             raise FramesError(f"{source.name}: no episode is held out of {len(keys)}; lower the share that trains")
         with staged_folder(folder) as stage:
-            done = 0
-            for name, chosen, limit in (
-                (_TRAINING, training, settings.limit),
-                (_HELD_OUT, held_out, settings.held_out),
+            done, size = 0, settings.image_size
+            for name, masks_name, chosen, limit in (
+                (_TRAINING, _TRAINING_MOVING, training, settings.limit),
+                (_HELD_OUT, _HELD_OUT_MOVING, held_out, settings.held_out),
             ):
                 picks = _spread_frames(chosen, limit)
                 total = sum(len(pick) for pick in picks.values())
-                shape = (total, settings.image_size, settings.image_size, 3)
-                array = np.lib.format.open_memmap(stage / name, "w+", np.uint8, shape)
+                array = np.lib.format.open_memmap(stage / name, "w+", np.uint8, (total, size, size, 3))
+                masks = None
+                if moving:  # packed, a bit a pixel: sizes are multiples of 32 px
+                    masks = np.lib.format.open_memmap(stage / masks_name, "w+", np.uint8, (total, size, size // 8))
                 place = 0
                 for key in chosen:
                     done += 1
-                    if not len(picks[key.id]):
+                    picked = picks[key.id]
+                    if not len(picked):
                         continue
                     episode = source.read(key.id, (camera,))
                     check_episode(episode)
-                    for index in picks[key.id]:
-                        picture = np.asarray(fit(episode.frames[camera][index], settings.image_size))
-                        if picture.shape != shape[1:]:
-                            height, width = episode.frames[camera].shape[1:3]
-                            raise FramesError(
-                                f"{key.id}: frames of {width} x {height} px would become "
-                                f"{picture.shape[1]} x {picture.shape[0]} px; square ones are needed"
-                            )
-                        array[place] = picture
-                        place += 1
+                    frames, rows = episode.frames[camera], slice(place, place + len(picked))
+                    if masks is None:
+                        array[rows] = _squares(key.id, frames[picked], size)
+                    else:  # the background is that of all frames
+                        pictures = _squares(key.id, frames, size)
+                        array[rows] = pictures[picked]
+                        masks[rows] = np.packbits(moving_pixels(pictures)[picked], axis=-1)
+                    place = rows.stop
                     on_episode(done, len(keys))
                 array.flush()
+                if masks is not None:
+                    masks.flush()
             write_text_atomic(stage / path.name, json.dumps(record, indent=2) + "\n")
     return tuple(np.load(folder / name, mmap_mode="r") for name in (_TRAINING, _HELD_OUT))
+
+
+def gathered_masks(folder: str | os.PathLike[str]) -> tuple[Masks, Masks]:
+    """Which pixels of the frames for training and held out move: what `gather_frames` found, memory-mapped.
+
+    Args:
+        folder: that of `gather_frames`, called with `moving`.
+
+    Returns:
+        (S, S) bool each, by the index of the frames.
+
+    Raises:
+        FileNotFoundError: the frames were gathered without.
+    """
+    names = (_TRAINING_MOVING, _HELD_OUT_MOVING)
+    training, held_out = (_PackedMasks(np.load(Path(folder) / name, mmap_mode="r")) for name in names)
+    return training, held_out
 
 
 def train_tokenizer(
@@ -222,14 +270,17 @@ def train_tokenizer(
     folder = Path(out)
     perceptual = None if perceptual_weights is None else perceptual_loss(perceptual_weights)
     trainer = VQGANTrainer(vqgan, training, perceptual=perceptual, fresh=fresh)
+    weighted = training.motion_weight > 1
     is_main = trainer.accelerator.is_main_process
     with trainer.accelerator.main_process_first():
         train_frames, held_out = gather_frames(
             source,
             folder / FRAMES_FOLDER,
             frames,
+            moving=weighted,
             on_episode=lambda done, total: on_progress("gathering", done, total),
         )
+    moving, held_out_moving = gathered_masks(folder / FRAMES_FOLDER) if weighted else (None, None)
     checkpoint = folder / CHECKPOINT_FILE
     if checkpoint.is_file():
         trainer.restore(checkpoint)
@@ -250,7 +301,7 @@ def train_tokenizer(
             elapsed = seconds_before + time.perf_counter() - began
             log.write(step, {**averages, "learning_rate": training.rate(step - 1), "seconds": elapsed})
         if step % intervals.evaluate == 0 or last:
-            measured = trainer.evaluate(held_out)
+            measured = trainer.evaluate(held_out, moving=held_out_moving)
             log.write(step, {f"eval_{name}": value for name, value in measured.items()})
             log.draw()
             _draw_strip(folder / STRIPS_FILE, trainer.vqgan, held_out, step)
@@ -258,7 +309,7 @@ def train_tokenizer(
             trainer.save(checkpoint)
         on_progress("training", step, training.steps)
 
-    trainer.train(train_frames, until=until, on_step=on_step)
+    trainer.train(train_frames, moving=moving, until=until, on_step=on_step)
     if dtype == "bf16":
         vqgan.to(torch.bfloat16).to(torch.float32)
     record = {
@@ -269,7 +320,7 @@ def train_tokenizer(
         "topology": dataclasses.asdict(vqgan.config),
         "training": dataclasses.asdict(training),
         "perceptual_loss": perceptual_weights is not None,
-        "held_out": trainer.evaluate(held_out),
+        "held_out": trainer.evaluate(held_out, moving=held_out_moving),
         "parameters": sum(parameter.numel() for parameter in vqgan.parameters()),
         "seconds": seconds_before + time.perf_counter() - began,
         "versions": installed_versions(),
@@ -305,6 +356,31 @@ def _spread_frames(keys: Sequence[EpisodeKey], limit: int | None) -> dict[str, N
     return found
 
 
+def _squares(id: str, frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """(T, H, W, 3) → (T, size, size, 3)."""
+    pictures = [np.asarray(fit(frame, size)) for frame in frames]
+    height, width = pictures[0].shape[:2]
+    if (height, width) != (size, size):
+        raise FramesError(
+            f"{id}: frames of {frames.shape[2]} x {frames.shape[1]} px would become {width} x {height} px; "
+            "square ones are needed"
+        )
+    return np.stack(pictures)
+
+
+class _PackedMasks:
+    """Masks of which each byte holds eight pixels of a row."""
+
+    def __init__(self, packed: NDArray[np.uint8]) -> None:
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, index: int, /) -> NDArray[np.bool_]:
+        return np.unpackbits(self.packed[index], axis=-1).astype(bool)
+
+
 def _draw_strip(path: Path, vqgan: VQGAN, frames: Frames, step: int) -> None:
     tokenizer = ImageTokenizer(vqgan.eval())
     shown = [frames[i] for i in np.linspace(0, len(frames) - 1, min(_SHOWN, len(frames))).astype(int)]
@@ -315,6 +391,7 @@ def _draw_strip(path: Path, vqgan: VQGAN, frames: Frames, step: int) -> None:
 
 def _card(name: str, record: dict[str, Any]) -> str:
     measured, frames = record["held_out"], record["frames"]
+    moving = f"| PSNR of what moves | {measured['psnr_moving']:.2f} dB |\n" if "psnr_moving" in measured else ""
     return f"""---
 library_name: worldvla-tokenizers
 tags: [worldvla, vq-gan, image-tokenizer]
@@ -329,7 +406,7 @@ A VQ-GAN of {record["parameters"]:,} parameters for frames of {frames["image_siz
 | on {frames["held_out"]} frames of episodes held out | |
 |---|---|
 | PSNR | {measured["psnr"]:.2f} dB |
-| mean absolute error | {255 * measured["l1"]:.2f} of 255 |
+{moving}| mean absolute error | {255 * measured["l1"]:.2f} of 255 |
 | codes that occur | {measured["codes_used"]:.0f} of {record["topology"]["n_embed"]} |
 | perplexity of the codes | {measured["perplexity"]:.0f} |
 
@@ -341,4 +418,12 @@ tokenizer = ImageTokenizer.from_pretrained("{name}")
 """
 
 
-__all__ = ["FrameSettings", "FramesError", "Intervals", "gather_frames", "train_tokenizer"]
+__all__ = [
+    "FrameSettings",
+    "FramesError",
+    "Intervals",
+    "gather_frames",
+    "gathered_masks",
+    "moving_pixels",
+    "train_tokenizer",
+]
