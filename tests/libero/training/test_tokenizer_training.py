@@ -2,12 +2,14 @@ import copy
 import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from worldvla_libero.cli import main as cli
 from worldvla_libero.data.episodes import Episode, EpisodeError, split
 from worldvla_libero.hdf5 import write_demonstrations
 from worldvla_libero.prepare import open_source
@@ -18,15 +20,18 @@ from worldvla_libero.training.tokenizer_training import (
     FrameSettings,
     Intervals,
     gather_frames,
+    gathered_masks,
+    moving_pixels,
     train_tokenizer,
 )
-from worldvla_tokenizers import VQGAN, ImageTokenizer, VQGANConfig
+from worldvla_tokenizers import VQGAN, ImageTokenizer, Vocabulary, VQGANConfig
 from worldvla_tokenizers.image import fit
 from worldvla_tokenizers.vqgan_training import VQGANTraining, VQGANTrainingError
 
 TINY = VQGANConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=8, embed_dim=8, n_embed=16)
 FRAMES = FrameSettings(image_size=32, train_fraction=0.75, split_seed=3)
 INTERVALS = Intervals(log=1, evaluate=5, save=2)
+DEMOS = Path(__file__).parents[2] / "fixtures" / "short_demos" / "libero_object"
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 RESULT = ["README.md", "config.json", "image_tokenizer.json", "model.safetensors", "training.json"]
 RUN = ["checkpoint.pt", "curves.png", "frames", "log.csv", "log.jsonl", "reconstructions.png"]
@@ -147,6 +152,59 @@ def test_frames_of_other_episodes_are_refused(source, tmp_path):
     other = write_source(tmp_path / "other", steps=(3, 4, 5))
     with pytest.raises(FramesError, match=r"frames of another run: episodes '\w{64}', not '\w{64}'"):
         gather_frames(other, tmp_path / "frames", FRAMES)
+
+
+def test_what_moves_differs_from_the_median_frame_of_the_episode():
+    """A square that is elsewhere in each frame, a shadow that is too weak, a thing that is taken away."""
+    rng = np.random.default_rng(2)
+    frames = rng.integers(60, 180, (1, 16, 16, 3), dtype=np.uint8).repeat(6, axis=0)
+    expected = np.zeros(frames.shape[:3], bool)
+    for t in range(6):
+        frames[t, 2 * t : 2 * t + 3, :4, 1] = 230  # one channel is enough
+        expected[t, 2 * t : 2 * t + 3, :4] = True
+    frames[1::2, :, 6:8] += tokenizer_training.STILL_LEVELS
+    frames[:4, 12:, 12:] = 255
+    expected[4:, 12:, 12:] = True
+    np.testing.assert_array_equal(moving_pixels(frames), expected)
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_what_moves_is_gathered_beside_the_frames(tmp_path, limit):
+    """Against the background of all frames of an episode, of which a limit takes some."""
+    larger = write_source(tmp_path / "larger", size=(80, 64))
+    settings = FrameSettings(**{**vars(FRAMES), "limit": limit})
+    found = gather_frames(larger, tmp_path / "frames", settings, moving=True)
+    plain = gather_frames(larger, tmp_path / "plain", settings)
+    keys, _ = larger.list()
+    parts = split(keys, fraction=settings.train_fraction, seed=settings.split_seed)
+    for part, masks, frames, without in zip(
+        ("train", "validation"), gathered_masks(tmp_path / "frames"), found, plain, strict=True
+    ):
+        np.testing.assert_array_equal(frames, without)
+        everything = []
+        for key in keys:
+            if parts[key.id] == part:
+                pictures = [fit(f, 32) for f in larger.read(key.id, CAMERAS[:1]).frames["agentview"]]
+                everything += list(moving_pixels(np.stack(pictures)))
+        places = [i * len(everything) // len(frames) for i in range(len(frames))]
+        assert len(masks) == len(frames) == min(len(everything), (limit or 36) if part == "train" else 256)
+        for i, place in enumerate(places):
+            assert masks[i].dtype == bool
+            np.testing.assert_array_equal(masks[i], everything[place])
+
+
+def test_frames_without_what_moves_are_refused_where_it_is_needed(source, tmp_path):
+    gather_frames(source, tmp_path, FRAMES)
+    message = "holds frames of another run: still_levels None, not 8; choose another folder"
+    with pytest.raises(FramesError, match=message):
+        gather_frames(source, tmp_path, FRAMES, moving=True)
+    # As they were gathered before there was such a field.
+    record = json.loads((tmp_path / "frames.json").read_text())
+    del record["still_levels"]
+    (tmp_path / "frames.json").write_text(json.dumps(record))
+    with pytest.raises(FramesError, match=message):
+        gather_frames(source, tmp_path, FRAMES, moving=True)
+    gather_frames(source, tmp_path, FRAMES, on_episode=lambda *_: pytest.fail("an episode was read"))
 
 
 def test_the_camera_is_chosen_where_there_are_several(tmp_path):
@@ -331,6 +389,29 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(source, finished, tmp_pa
     assert record["seconds"] > max(row.get("seconds", 0) for row in read_lines(tmp_path / "log.jsonl")) > 0
 
 
+def test_what_moves_may_weigh_more_and_such_a_run_goes_on_too(source, finished, tmp_path):
+    expected, record, _ = run(source, tmp_path / "whole", motion_weight=4.0)
+    assert not same_weights(expected, finished[1])
+    assert 0 < record["held_out"]["psnr_moving"] < 40
+    assert (
+        f"PSNR of what moves | {record['held_out']['psnr_moving']:.2f} dB"
+        in (tmp_path / "whole" / "README.md").read_text()
+    )
+    rows = rows_of(tmp_path / "whole")
+    assert all(row["loss_weighted_l1"] > row["loss_l1"] for row in rows if "loss_l1" in row)
+    assert [row["step"] for row in rows if "eval_psnr_moving" in row] == [5, 6]
+
+    run(source, tmp_path / "parts", motion_weight=4.0, until=4)
+    vqgan, _, told = run(source, tmp_path / "parts", motion_weight=4.0)
+    assert told == [("training", 5, 6), ("training", 6, 6)]
+    assert same_weights(vqgan, expected)
+    assert rows_of(tmp_path / "parts") == rows
+    with pytest.raises(FramesError, match="still_levels 8, not None"):
+        run(source, tmp_path / "parts")
+    with pytest.raises(VQGANTrainingError, match=r"motion_weight: 4\.0 there, 2\.0 here"):
+        run(source, tmp_path / "parts", motion_weight=2.0)
+
+
 def test_a_tokenizer_that_exists_keeps_its_codes(source, finished, tmp_path, monkeypatch):
     """Codes at random places of the frames would draw them no better than fresh ones do."""
     undraw(monkeypatch)
@@ -408,3 +489,32 @@ def test_numbers_that_are_not_finite_stop_a_run_before_it_writes_a_tokenizer(sou
     with pytest.raises(VQGANTrainingError, match=r"the loss is (nan|inf) at step \d"):
         run(source, tmp_path, learning_rate=1e30, clip_norm=1e30)
     assert not set(RESULT) & {path.name for path in tmp_path.iterdir()}
+
+
+# The command
+
+
+@pytest.mark.slow
+def test_the_command_learns_frames_of_the_simulator(tmp_path, capsys):
+    """With a stem, and what moves weighing more. Before is after one step, of a tenth of the learning rate."""
+    frames, out = tmp_path / "frames", tmp_path / "run"
+    replay = ["replay", str(DEMOS), str(frames), "--to", "hdf5", "--image-size", "64", "--cameras", "agentview"]
+    assert cli.main(replay) == cli.EXIT_OK
+    command = ["train-tokenizer", str(frames), "--out", str(out), "--image-size", "64", "--train-fraction", "0.75"]
+    command += ["--stem", "4", "--ch-mult", "1", "2", "4", "--n-embed", "1024", "--motion-weight", "3"]
+    command += ["--steps", "100", "--learning-rate", "1e-3", "--restart-after", "20", "--precision", "fp32"]
+    command += ["--warmup", "0.1", "--every.evaluate", "100"]
+    found = []
+    for options in (["--until", "1"], []):
+        assert cli.main([*command, *options]) == cli.EXIT_OK
+        printed = capsys.readouterr().out
+        found.append(json.loads((out / "training.json").read_text())["held_out"])
+        (line,) = [line for line in printed.splitlines() if "codes_used" in line]
+        assert f" {found[-1]['codes_used']:.0f} " in line
+    before, after = found
+    assert after["psnr"] > before["psnr"] + 6
+    assert after["psnr_moving"] > before["psnr_moving"] + 1
+    assert after["codes_used"] > 8
+    tokenizer = ImageTokenizer.from_pretrained(out)
+    tokenizer.check_vocabulary(Vocabulary.published())
+    assert tokenizer.encode(np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, 4, 4)

@@ -81,7 +81,7 @@ class VQGANTraining:
         learning_rate: the highest, reached after the warm-up and left along a cosine, down to 0.
         warmup: share of the steps in which the learning rate rises.
         pixel_weight: weight of the mean absolute difference.
-        motion_weight: how many times as much as another a pixel that moves counts in it; 1 for all alike.
+        motion_weight: how many times as much as another a pixel that moves counts in that mean; 1 for all alike.
         perceptual_weight: weight of LPIPS; it counts only where VGG's weights are given.
         commitment: weight β of what draws vectors to their codes.
         codebook_decay: of the running means that the codes are.
@@ -107,6 +107,7 @@ class VQGANTraining:
     learning_rate: float = 1e-4
     warmup: float = 0.02
     pixel_weight: float = 1.0
+    motion_weight: float = 1.0
     perceptual_weight: float = 1.0
     commitment: float = 0.25
     codebook_decay: float = 0.99
@@ -119,7 +120,6 @@ class VQGANTraining:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     seed: int = 0
-    motion_weight: float = 1.0
 
     def __post_init__(self) -> None:
         whole = ("steps", "batch_size", "restart_after", "discriminator_channels", "discriminator_layers")
