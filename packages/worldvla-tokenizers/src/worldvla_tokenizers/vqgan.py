@@ -211,6 +211,7 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
+        # Behind the stem the network is taming's, of smaller images with more channels.
         topology = dataclasses.asdict(config)
         for name in ("in_channels", "out_ch"):
             topology[name] *= config.stem**2
