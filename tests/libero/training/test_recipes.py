@@ -1,7 +1,10 @@
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
+from worldvla_libero.cli.main import main
 from worldvla_libero.data.samples import VideoSamples, WorldSamples
 from worldvla_libero.training.recipes import (
     NANO,
@@ -112,3 +115,13 @@ def test_what_was_changed_is_told():
 def test_presets_of_image_tokenizers():
     assert TOKENIZER_RECIPES["published"].topology.n_embed == 8_192
     assert TOKENIZER_RECIPES["nano"].image_size == NANO.image_size
+
+
+@pytest.mark.parametrize("command", ["train", "train-tokenizer"])
+def test_every_option_is_explained_by_what_it_does(command, capsys):
+    page = (Path(__file__).parents[3] / "docs/training-options.md").read_text()
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out)) - {"--help"}
+    assert {"--recipe", "--out"} <= options
+    assert not {option for option in options if f"`{option}`" not in page and not option.startswith("--no-")}

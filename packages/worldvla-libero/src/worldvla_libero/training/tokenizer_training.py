@@ -284,6 +284,10 @@ def train_tokenizer(
     checkpoint = folder / CHECKPOINT_FILE
     if checkpoint.is_file():
         trainer.restore(checkpoint)
+        end = training.steps if until is None else min(until, training.steps)
+        if trainer.step >= end and (known := _finished(folder, trainer.step, dtype)) is not None:
+            _round(vqgan, dtype)
+            return known
     log = RunLog(folder, step=trainer.step) if is_main else None
     since: dict[str, list[float]] = {}
     began, seconds_before = time.perf_counter(), log.seconds if log is not None else 0.0
@@ -310,8 +314,7 @@ def train_tokenizer(
         on_progress("training", step, training.steps)
 
     trainer.train(train_frames, moving=moving, until=until, on_step=on_step)
-    if dtype == "bf16":
-        vqgan.to(torch.bfloat16).to(torch.float32)
+    _round(vqgan, dtype)
     record = {
         "steps": trainer.step,
         "frames": {**dataclasses.asdict(frames), "training": len(train_frames), "held_out": len(held_out)},
@@ -320,6 +323,7 @@ def train_tokenizer(
         "topology": dataclasses.asdict(vqgan.config),
         "training": dataclasses.asdict(training),
         "perceptual_loss": perceptual_weights is not None,
+        "dtype": dtype,
         "held_out": trainer.evaluate(held_out, moving=held_out_moving),
         "parameters": sum(parameter.numel() for parameter in vqgan.parameters()),
         "seconds": seconds_before + time.perf_counter() - began,
@@ -330,6 +334,18 @@ def train_tokenizer(
         write_text_atomic(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
         write_text_atomic(folder / CARD_FILE, _card(folder.absolute().name, record))
     return record
+
+
+def _round(vqgan: VQGAN, dtype: str) -> None:
+    if dtype == "bf16":
+        vqgan.to(torch.bfloat16).to(torch.float32)
+
+
+def _finished(folder: Path, step: int, dtype: str) -> dict[str, Any] | None:
+    """The record of a run that has nothing left to do."""
+    path = folder / RECORD_FILE
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return known if (known.get("steps"), known.get("dtype")) == (step, dtype) else None
 
 
 def _camera(source: Source, settings: FrameSettings) -> str:
