@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from worldvla_tokenizers import vqgan as module
-from worldvla_tokenizers.vqgan import VQGAN, CheckpointError, PixelError, VQGANConfig, nearest_codes
+from worldvla_tokenizers.vqgan import VQGAN, PixelError, VQGANConfig, VQGANError, nearest_codes
 
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published"
 TOKENIZER = PUBLISHED / "tokenizer"
@@ -408,7 +408,7 @@ def test_wrong_tensors_are_all_listed(tmp_path):
     state["temporal.weight"] = torch.zeros(1)
     state["quantize.embedding.weight"] = torch.zeros(4, 32)
     published_copy(tmp_path, state_dict=state)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(VQGANError) as caught:
         VQGAN.from_pretrained(tmp_path)
     for part in (
         str(tmp_path / "vqgan.ckpt"),
@@ -424,10 +424,10 @@ def test_our_own_files_are_checked_as_strictly(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["loss.extra"] = tensors.pop("quant_conv.bias")
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing: quant_conv\.bias; unexpected: loss\.extra"):
+    with pytest.raises(VQGANError, match=r"missing: quant_conv\.bias; unexpected: loss\.extra"):
         VQGAN.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="no safetensors"):
+    with pytest.raises(VQGANError, match="no safetensors"):
         VQGAN.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
@@ -444,7 +444,7 @@ class _Attack:
 
 def test_a_pickle_that_would_run_code_is_refused_without_running_it(tmp_path):
     published_copy(tmp_path, callbacks=_Attack(tmp_path / "pwned"))
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(VQGANError) as caught:
         VQGAN.from_pretrained(tmp_path)
     message = str(caught.value)
     assert not (tmp_path / "pwned").exists()
@@ -456,7 +456,7 @@ def test_a_pickle_that_would_run_code_is_refused_without_running_it(tmp_path):
 
 def test_a_trusted_pickle_converts(tmp_path):
     published_copy(tmp_path, hyper_parameters=argparse.Namespace(lr=4.5e-6))
-    with pytest.raises(CheckpointError, match=r"argparse\.Namespace"):
+    with pytest.raises(VQGANError, match=r"argparse\.Namespace"):
         VQGAN.from_published(tmp_path)
     VQGAN.from_published(tmp_path, trust_pickle=True).save_pretrained(tmp_path / "ours")
     loaded = VQGAN.from_pretrained(tmp_path / "ours")
@@ -474,7 +474,7 @@ def test_a_trusted_pickle_converts(tmp_path):
 def test_checkpoints_of_another_kind(tmp_path, content, message):
     published_copy(tmp_path)
     torch.save(content, tmp_path / "vqgan.ckpt")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(VQGANError, match=message):
         VQGAN.from_pretrained(tmp_path)
 
 
@@ -483,7 +483,7 @@ def test_truncated_checkpoint(tmp_path, keep):
     published_copy(tmp_path)
     path = tmp_path / "vqgan.ckpt"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"vqgan\.ckpt"):
+    with pytest.raises(VQGANError, match=r"vqgan\.ckpt"):
         VQGAN.from_pretrained(tmp_path)
 
 
@@ -521,7 +521,7 @@ def test_bad_yaml_fields(tmp_path, path, value, message):
         fields = fields[parent]
     fields[name] = value
     (tmp_path / "vqgan.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(VQGANError, match=message) as caught:
         VQGAN.from_pretrained(tmp_path)
     assert "vqgan.yaml" in str(caught.value)
 
@@ -531,14 +531,14 @@ def test_missing_yaml_fields_are_all_listed(tmp_path):
     content = yaml.safe_load((tmp_path / "vqgan.yaml").read_text())
     del content["model"]["params"]["n_embed"], content["model"]["params"]["ddconfig"]["ch"]
     (tmp_path / "vqgan.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(CheckpointError, match="missing fields: ch, n_embed; unknown fields: none"):
+    with pytest.raises(VQGANError, match="missing fields: ch, n_embed; unknown fields: none"):
         VQGAN.from_pretrained(tmp_path)
 
 
 def test_yaml_that_would_run_code(tmp_path):
     published_copy(tmp_path)
     (tmp_path / "vqgan.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{tmp_path}/pwned']\n")
-    with pytest.raises(CheckpointError, match="no plain YAML"):
+    with pytest.raises(VQGANError, match="no plain YAML"):
         VQGAN.from_pretrained(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
@@ -546,7 +546,7 @@ def test_yaml_that_would_run_code(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "worldvla-vqgan", "ch": 32}'])
 def test_bad_config_json(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with pytest.raises(VQGANError, match=r"config\.json"):
         VQGAN.from_pretrained(tmp_path)
 
 
@@ -585,7 +585,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 def test_what_is_no_checkpoint_is_named_and_never_to_be_unpickled(tmp_path, content, message, trust):
     (tmp_path / "vqgan.yaml").write_bytes((TOKENIZER / "vqgan.yaml").read_bytes())
     (tmp_path / "vqgan.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(VQGANError, match=message) as caught:
         VQGAN.from_published(tmp_path, trust_pickle=trust)
     assert str(tmp_path / "vqgan.ckpt") in str(caught.value)
     assert "trust" not in str(caught.value)
@@ -604,7 +604,7 @@ def test_what_is_no_checkpoint_is_named_and_never_to_be_unpickled(tmp_path, cont
 def test_what_is_no_safetensors_file_is_named(tmp_path, content, message):
     small().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(VQGANError, match=message) as caught:
         VQGAN.from_pretrained(tmp_path)
     assert "trust" not in str(caught.value)
 
@@ -616,7 +616,7 @@ def test_what_is_no_safetensors_file_is_named(tmp_path, content, message):
 def test_what_is_no_configuration_is_named(tmp_path, name, content, message):
     published_copy(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{name} is .*{message}"):
+    with pytest.raises(VQGANError, match=f"{name} is .*{message}"):
         VQGAN.from_pretrained(tmp_path)
 
 
@@ -628,9 +628,7 @@ def test_classes_that_are_not_installed_are_named(tmp_path, options):
     with pytest.MonkeyPatch.context() as installed:
         installed.setitem(sys.modules, "lightnin", SimpleNamespace(Callback=callback))
         torch.save({"state_dict": {}, "callbacks": callback()}, tmp_path / "vqgan.ckpt", **options)
-    with pytest.raises(
-        CheckpointError, match=r"lightnin\.Callback beside tensors.*need lightnin, which is not inst"
-    ):
+    with pytest.raises(VQGANError, match=r"lightnin\.Callback beside tensors.*need lightnin, which is not inst"):
         VQGAN.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="classes that are not installed: No module named 'lightnin'"):
+    with pytest.raises(VQGANError, match="classes that are not installed: No module named 'lightnin'"):
         VQGAN.from_published(tmp_path, trust_pickle=True)

@@ -18,7 +18,7 @@ from worldvla_tokenizers.vocabulary import Vocabulary, VocabularyError
 if TYPE_CHECKING:
     from worldvla_tokenizers.image import ImageError, ImageTokenizer
     from worldvla_tokenizers.text import TextTokenizer
-    from worldvla_tokenizers.vqgan import VQGAN, CheckpointError, PixelError, VQGANConfig
+    from worldvla_tokenizers.vqgan import VQGAN, CheckpointError, PixelError, VQGANConfig, VQGANError
 
 __all__ = [
     "VQGAN",
@@ -33,6 +33,7 @@ __all__ = [
     "SequenceError",
     "TextTokenizer",
     "VQGANConfig",
+    "VQGANError",
     "Vocabulary",
     "VocabularyError",
     "sequence",
@@ -43,6 +44,7 @@ _LAZY = {
     "VQGAN": ("vqgan", "image"),
     "VQGANConfig": ("vqgan", "image"),
     "CheckpointError": ("vqgan", "image"),
+    "VQGANError": ("vqgan", "image"),
     "PixelError": ("vqgan", "image"),
     "ImageTokenizer": ("image", "image"),
     "ImageError": ("image", "image"),

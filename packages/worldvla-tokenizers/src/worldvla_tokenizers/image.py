@@ -106,7 +106,7 @@ class ImageTokenizer:
             hub: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only`, as in transformers.
 
         Raises:
-            CheckpointError: the VQ-GAN cannot be used.
+            VQGANError: the VQ-GAN cannot be used.
             ImageError: the settings file holds something else than an image size.
             FileNotFoundError: there is no VQ-GAN.
         """

@@ -64,8 +64,12 @@ _DAMAGE = (
 )
 
 
-class CheckpointError(ValueError):
+class VQGANError(ValueError):
     """A VQ-GAN configuration or checkpoint that cannot be used; the message says which entries, and why."""
+
+
+CheckpointError = VQGANError
+"""Its former name, which `worldvla_model` has for an error of its own."""
 
 
 class PixelError(ValueError):
@@ -94,7 +98,7 @@ class VQGANConfig:
             after the decoder, in place of stages at full size, which cost the most. 1 for none, as published.
 
     Raises:
-        CheckpointError: a value is out of range.
+        VQGANError: a value is out of range.
 
     Source: Esser et al. 2021; `vqgan.yaml` of Chameleon (Gafni et al. 2022). The stem is that of Shi et al. 2016;
     the tokenizers of Cosmos (NVIDIA 2025) fold by wavelets.
@@ -118,7 +122,7 @@ class VQGANConfig:
         for name in ("ch_mult", "attn_resolutions"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)):
-                raise CheckpointError(f"{name} is {value!r}; a list of whole numbers is needed")
+                raise VQGANError(f"{name} is {value!r}; a list of whole numbers is needed")
             object.__setattr__(self, name, tuple(value))
         numbers = ("embed_dim", "n_embed", "z_channels", "resolution", "in_channels", "out_ch", "ch")
         for name in (*numbers, "num_res_blocks", "stem"):
@@ -127,15 +131,15 @@ class VQGANConfig:
             for value in getattr(self, name):
                 _check_whole(name, value)
         if not self.ch_mult:
-            raise CheckpointError("ch_mult is empty; one width per stage is needed")
+            raise VQGANError("ch_mult is empty; one width per stage is needed")
         if self.ch % _NORM_GROUPS:
-            raise CheckpointError(f"ch is {self.ch}; a multiple of {_NORM_GROUPS} is needed")
+            raise VQGANError(f"ch is {self.ch}; a multiple of {_NORM_GROUPS} is needed")
         if type(self.dropout) not in (int, float) or not 0.0 <= self.dropout < 1.0:
-            raise CheckpointError(f"dropout is {self.dropout!r}; allowed: 0 up to, not including, 1")
+            raise VQGANError(f"dropout is {self.dropout!r}; allowed: 0 up to, not including, 1")
         if self.double_z is not False:
-            raise CheckpointError(f"double_z is {self.double_z!r}; a VQ-GAN has double_z: false")
+            raise VQGANError(f"double_z is {self.double_z!r}; a VQ-GAN has double_z: false")
         if self.stem.bit_count() != 1:
-            raise CheckpointError(f"stem is {self.stem}; a power of two is needed: 1, 2, 4, 8 …")
+            raise VQGANError(f"stem is {self.stem}; a power of two is needed: 1, 2, 4, 8 …")
 
     @property
     def factor(self) -> int:
@@ -157,38 +161,38 @@ class VQGANConfig:
         """Check fields by name: all of them but `stem`, which may be absent (1), and no other.
 
         Raises:
-            CheckpointError: fields are missing or unknown (all are listed), or a value is out of range.
+            VQGANError: fields are missing or unknown (all are listed), or a value is out of range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         missing = sorted(known - fields.keys() - {"stem"})
         unknown = sorted(map(str, fields.keys() - known))
         if missing or unknown:
-            raise CheckpointError(
+            raise VQGANError(
                 f"{origin}: missing fields: {', '.join(missing) or 'none'}; "
                 f"unknown fields: {', '.join(unknown) or 'none'}"
             )
         try:
             return cls(**fields)
-        except (CheckpointError, TypeError) as error:
-            raise CheckpointError(f"{origin}: {error}") from error
+        except (VQGANError, TypeError) as error:
+            raise VQGANError(f"{origin}: {error}") from error
 
     @classmethod
     def from_yaml(cls, path: Path) -> VQGANConfig:
         """Read the published `vqgan.yaml`.
 
         Raises:
-            CheckpointError: it is no YAML, or its `model.params` is not a VQ-GAN's.
+            VQGANError: it is no YAML, or its `model.params` is not a VQ-GAN's.
         """
-        text = read_text(path, "configuration of a VQ-GAN", CheckpointError)
+        text = read_text(path, "configuration of a VQ-GAN", VQGANError)
         try:
             content = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is no plain YAML: {error}") from error
+            raise VQGANError(f"{path} is no plain YAML: {error}") from error
         params = content
         for name in ("model", "params"):
             params = params.get(name) if isinstance(params, dict) else None
         if not isinstance(params, dict) or not isinstance(params.get("ddconfig"), dict):
-            raise CheckpointError(f"{path} has no 'model.params.ddconfig'; it describes no VQ-GAN")
+            raise VQGANError(f"{path} has no 'model.params.ddconfig'; it describes no VQ-GAN")
         top = {name: value for name, value in params.items() if name not in {"ddconfig", *_TRAINING_PARAMS}}
         return cls.from_mapping({**params["ddconfig"], **top}, origin=f"model.params of {path}")
 
@@ -325,13 +329,13 @@ class VQGAN(nn.Module):
             The network, in eval mode.
 
         Raises:
-            CheckpointError: a field or tensor is missing, unexpected or of another shape, or the published
+            VQGANError: a field or tensor is missing, unexpected or of another shape, or the published
                 file would have to be unpickled.
             FileNotFoundError: there is neither pair of files.
         """
         found = resolve_files(dir_or_repo, any_of=[CONFIG_NAME, PUBLISHED_CONFIG_NAME], **hub)
         if CONFIG_NAME in found:
-            content = read_json(found[CONFIG_NAME], CheckpointError)
+            content = read_json(found[CONFIG_NAME], VQGANError)
             if content.pop("model_type", None) == MODEL_TYPE:
                 config = VQGANConfig.from_mapping(content, origin=str(found[CONFIG_NAME]))
                 weights = resolve_files(dir_or_repo, [WEIGHTS_NAME], **hub)[WEIGHTS_NAME]
@@ -365,7 +369,7 @@ class VQGAN(nn.Module):
             hub: as `from_pretrained`.
 
         Raises:
-            CheckpointError: as `from_pretrained`.
+            VQGANError: as `from_pretrained`.
             FileNotFoundError: a file is missing.
         """
         files = resolve_files(dir_or_repo, [PUBLISHED_CONFIG_NAME, PUBLISHED_WEIGHTS_NAME], **hub)
@@ -422,7 +426,7 @@ class VQGAN(nn.Module):
             if name in tensors and tensors[name].shape != expected[name].shape
         ]
         if problems:
-            raise CheckpointError(f"{origin} does not fit its configuration: {'; '.join(problems)}")
+            raise VQGANError(f"{origin} does not fit its configuration: {'; '.join(problems)}")
         model.load_state_dict(tensors, assign=True)
         return model.to(device=device or "cpu", dtype=dtype).eval()
 
@@ -466,13 +470,13 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, positions_per_chunk: int) -
 
 def _read_published(path: Path, trust_pickle: bool) -> dict[str, Tensor]:
     if (told := misnamed(path, "checkpoint of torch", Kind.TORCH)) is not None:
-        raise CheckpointError(told)
+        raise VQGANError(told)
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except (ImportError, AttributeError) as error:
         if not trust_pickle:
             raise _damaged(path, error) from error
-        raise CheckpointError(
+        raise VQGANError(
             f"{path} holds objects of classes that are not installed: {error}; remedy: install the package they "
             "come from, or ask the file's author for one that holds tensors alone"
         ) from error
@@ -481,7 +485,7 @@ def _read_published(path: Path, trust_pickle: bool) -> dict[str, Tensor]:
         names = _pickled_names(path) or sorted(set(re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))))
         if not names or not all(part.isidentifier() for name in names for part in name.split(".")):
             raise _damaged(path, error) from error
-        raise CheckpointError(
+        raise VQGANError(
             f"{path} is not opened: it holds {', '.join(names)} beside tensors, and unpickling them can run any "
             f"code. {_not_installed(names)}If you trust its author, convert it once, in Python with "
             f"VQGAN.from_published({str(path.parent)!r}, trust_pickle=True).save_pretrained(out), or with "
@@ -491,21 +495,19 @@ def _read_published(path: Path, trust_pickle: bool) -> dict[str, Tensor]:
         raise _damaged(path, error) from error
     tensors = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path} has no 'state_dict'; a checkpoint of taming-transformers is needed")
+        raise VQGANError(f"{path} has no 'state_dict'; a checkpoint of taming-transformers is needed")
     kept = {name: value for name, value in tensors.items() if not str(name).startswith(_LOSS_PREFIX)}
     wrong = [str(name) for name, value in kept.items() if not isinstance(value, Tensor)]
     if wrong:
-        raise CheckpointError(f"{path}: state_dict entries that are no tensors: {', '.join(wrong)}")
+        raise VQGANError(f"{path}: state_dict entries that are no tensors: {', '.join(wrong)}")
     return kept
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def _damaged(path: Path, error: Exception) -> VQGANError:
     # The first line: torch goes on with advice to unpickle all, which mends no damage.
     found = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed|$)", str(error), re.MULTILINE)
     told = found[1] if found else str(error).partition("\n")[0]
-    return CheckpointError(
-        f"{path} is no whole torch file: {told or type(error).__name__}; remedy: fetch it again"
-    )
+    return VQGANError(f"{path} is no whole torch file: {told or type(error).__name__}; remedy: fetch it again")
 
 
 def _pickled_names(path: Path) -> list[str]:
@@ -525,13 +527,13 @@ def _not_installed(names: Sequence[str]) -> str:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     if (told := misnamed(path, "safetensors file", Kind.SAFETENSORS)) is not None:
-        raise CheckpointError(told)
+        raise VQGANError(told)
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no whole safetensors file: {error}; remedy: fetch it again") from error
+        raise VQGANError(f"{path} is no whole safetensors file: {error}; remedy: fetch it again") from error
 
 
 def _check_whole(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{name} is {value!r}; a whole number of at least 1 is needed")
+        raise VQGANError(f"{name} is {value!r}; a whole number of at least 1 is needed")
