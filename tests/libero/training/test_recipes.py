@@ -7,6 +7,7 @@ import pytest
 from worldvla_libero.cli.main import main
 from worldvla_libero.data.samples import VideoSamples, WorldSamples
 from worldvla_libero.training.recipes import (
+    FINE_TUNE,
     NANO,
     RECIPES,
     SUITES,
@@ -103,6 +104,21 @@ def test_an_unknown_recipe_is_refused_with_those_like_it():
 def test_values_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(RecipeError, match=message):
         dataclasses.replace(NANO, **changes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        (FINE_TUNE, {"lora_rank": -1}, "fine-tune: lora_rank is -1; allowed: 0 and above"),
+        (FINE_TUNE, {"lora_rank": 4, "lora_alpha": -8.0}, "lora_alpha is -8.0; allowed: 0 and above"),
+        (FINE_TUNE, {"lora_alpha": 8.0}, "lora_alpha is 8.0, but lora_rank is 0: no adapters"),
+        (NANO, {"lora_rank": 4}, "nano: lora_rank is 4 and initial is 'scratch'; adapters need a 'checkpoint'"),
+        (RECIPES["table2-256-goal"], {"lora_rank": 4}, "lora_rank is 4 and initial is 'chameleon'"),
+    ],
+)
+def test_adapters_are_for_weights_that_act_already(recipe, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        dataclasses.replace(recipe, **changes)
 
 
 def test_what_was_changed_is_told():

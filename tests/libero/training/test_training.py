@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
+from safetensors import safe_open
 
 from worldvla_libero import Simulator, load_suite
 from worldvla_libero.cli import main as cli
 from worldvla_libero.data.record import RECORD_FILE, DataRecord, ShardError, SplitRecord, fingerprint_of
 from worldvla_libero.data.shards import TokenDataset, TokenEpisode, write_episodes
 from worldvla_libero.training import run_log, training
-from worldvla_libero.training.recipes import NANO, RECIPES, ModelSize, RecipeError, find_recipe
+from worldvla_libero.training.adapters import LAYERS
+from worldvla_libero.training.recipes import FINE_TUNE, NANO, RECIPES, ModelSize, RecipeError, find_recipe
 from worldvla_libero.training.run_log import read_lines
 from worldvla_libero.training.training import RunOptions, train_recipe
 from worldvla_model import WorldVLA, WorldVLAForConditionalGeneration
@@ -80,12 +83,14 @@ def place(tmp_path_factory):
 
 def run(place, out, recipe=TINY, *, drawn=(), **arguments):
     """Without pictures unless they are asked for: of runs this short they are nearly all of the time."""
-    arguments = {"tokenizer": place / "tokenizer", "options": OPTIONS, **arguments}
+    if place is not None:
+        arguments = {"tokenizer": place / "tokenizer", "data": place / "data", **arguments}
+    arguments.setdefault("options", OPTIONS)
     with pytest.MonkeyPatch.context() as patch:
         for module, picture in ((run_log, "save_curves"), (training, "save_strips")):
             if picture not in drawn:
                 patch.setattr(module, picture, lambda *_, **__: None)
-        return train_recipe(recipe, arguments.pop("data", place / "data"), out, **arguments)
+        return train_recipe(recipe, arguments.pop("data"), out, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +285,150 @@ def test_from_a_world_model(place, published, published_data, tmp_path):
     assert agent.processor.settings.num_actions == 1
 
 
+ADAPTED = dataclasses.replace(
+    FINE_TUNE,
+    lora_rank=4,
+    image_size=64,
+    chunk=2,
+    max_steps=4,
+    batch_size=4,
+    learning_rate=1e-2,
+    dropout=0.1,
+    precision="fp32",
+    stored="fp32",
+)
+
+
+@pytest.fixture(scope="module")
+def small_data(published, tmp_path_factory):
+    """Data at 64 px made with the published fixture's tokenizer."""
+    tokenizer = training.load_image_tokenizer(published.tokenizer).vqgan.fingerprint
+    return write_data(tmp_path_factory.mktemp("small") / "data", tokenizer, rows=4)
+
+
+def adapt(published, data, out, recipe=ADAPTED, **arguments):
+    arguments = {"tokenizer": published.tokenizer, "init": published.checkpoint, "data": data, **arguments}
+    return run(None, out, recipe, **arguments)
+
+
+@pytest.fixture(scope="module")
+def adapted(published, small_data, tmp_path_factory):
+    """A run of adapters, whole, and its record; to be read, or copied."""
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    return out, adapt(published, small_data, out, drawn=("save_strips",))
+
+
+def load(folder):
+    return WorldVLAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_adapters_lead_to_a_whole_model_and_stand_beside_it(published, adapted):
+    out, record = adapted
+    base, model = load(published.checkpoint), load(out)
+    weights = base.state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
+    assert changed == {name for name in weights if name.split(".")[-2] in LAYERS}
+    alone = PeftModel.from_pretrained(base, out / "adapter")
+    ids = torch.tensor([[0, 16_400, 8_197, 8_805, 8_805, 5, 6, 8_803, 7, 8, 8_803, 8_196, 8_710, 10_004, 10_010]])
+    torch.testing.assert_close(model(input_ids=ids).logits, alone(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+    with safe_open(out / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+        count = sum(file.get_tensor(name).numel() for name in names)
+    assert all("lora_" in name for name in names)
+    settings = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (4, 8)
+    assert settings["base_model_name_or_path"] == str(published.checkpoint)
+    assert (record["parameters"], record["trained_parameters"]) == (model.num_parameters(), count)
+    assert record["recipe"]["lora_rank"] == 4
+    assert record == json.loads((out / "training.json").read_text())
+    assert not list((out / "checkpoint-4").glob("model*"))  # what training goes on from is small
+    assert (out / "imagined.png").is_file()
+
+    agent = WorldVLA.from_pretrained(out, device="cpu")
+    frame = np.zeros((64, 64, 3), np.uint8)
+    assert agent.predict_actions([frame, frame], "lift the cube").shape == (2, 7)
+    assert agent.predict_frame([frame], np.zeros((1, 7))).shape == (64, 64, 3)
+    checkpoint = WorldVLA.from_pretrained(out / "checkpoint-4", dtype=torch.float32, device="cpu")
+    logits = checkpoint.model(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_learn_and_log_what_other_runs_do(published, small_data, adapted, tmp_path):
+    other = adapt(published, small_data, tmp_path, dataclasses.replace(ADAPTED, lora_rank=0), limit=1)
+    assert other["trained_parameters"] == other["parameters"] == adapted[1]["parameters"]
+    assert not (tmp_path / "adapter").exists()
+    rows = [read_lines(folder / "log.jsonl") for folder in (adapted[0], tmp_path)]
+    for name in ("loss", "eval_loss"):
+        kinds = [set(next(row for row in run if name in row)) for run in rows]
+        assert kinds[0] == kinds[1]
+    # New adapters add nothing: the first loss is that of the weights beneath.
+    first, curve = rows[1][0]["loss"], [row["loss"] for row in rows[0] if "loss" in row]
+    assert curve[0] == pytest.approx(first, rel=1e-5)
+    losses = [row["eval_loss"] for row in rows[0] if "eval_loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_interrupted_adapters_go_on_bit_for_bit(published, small_data, adapted, tmp_path):
+    adapt(published, small_data, tmp_path, limit=2)
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    record = adapt(published, small_data, tmp_path)
+    assert record["steps"] == 4
+    curves = [
+        [row["loss"] for row in read_lines(folder / "log.jsonl") if "loss" in row]
+        for folder in (adapted[0], tmp_path)
+    ]
+    assert curves[0] == curves[1]
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (adapted[0] / name).read_bytes()
+
+
+def test_adapters_do_not_go_on_over_other_weights(published, small_data, tmp_path):
+    """A checkpoint holds nothing but adapters."""
+    shutil.copytree(published.checkpoint, tmp_path / "init")
+    recipe = dataclasses.replace(ADAPTED, held_out=False)
+    adapt(published, small_data, tmp_path / "run", recipe, limit=1, init=tmp_path / "init")
+    other = load(tmp_path / "init")
+    torch.nn.init.zeros_(other.model.layers[0].self_attn.q_proj.weight)
+    other.save_pretrained(tmp_path / "init")
+    with pytest.raises(RecipeError, match="begun otherwise: frozen_weights"):
+        adapt(published, small_data, tmp_path / "run", recipe, init=tmp_path / "init")
+
+
+def test_frozen_weights_are_in_the_type_of_the_precision(published, small_data, tmp_path, monkeypatch):
+    seen = []
+
+    def look(model, config):
+        seen.append(model.dtype)
+        return original(model, config)
+
+    original = training.with_adapters
+    monkeypatch.setattr(training, "with_adapters", look)
+    recipe = dataclasses.replace(ADAPTED, precision="bf16", stored="bf16", held_out=False)
+    record = adapt(published, small_data, tmp_path, recipe, limit=1)
+    assert seen == [torch.bfloat16]
+    assert record["last"]["loss"] > 0
+    assert WorldVLA.from_pretrained(tmp_path, device="cpu").model.dtype == torch.bfloat16
+
+
+def test_adapters_under_fsdp_are_refused(published, small_data, tmp_path, monkeypatch):
+    def spread(self, *arguments, **keywords):
+        original(self, *arguments, **keywords)
+        self.is_fsdp_enabled = True
+
+    original = WorldVLATrainer.__init__
+    monkeypatch.setattr(WorldVLATrainer, "__init__", spread)
+    with pytest.raises(RecipeError, match="lora_rank is 4, and FSDP is to spread the weights"):
+        adapt(published, small_data, tmp_path)
+    assert not (tmp_path / "training.json").exists()
+
+
+def test_adapters_without_peft_are_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"pip install 'worldvla-libero\[lora\]'"):
+        train_recipe(ADAPTED, "nowhere", tmp_path, tokenizer="nowhere", init="nowhere")
+
+
 def test_what_does_not_fit_is_refused(place, published, tmp_path):
     with pytest.raises(RecipeError, match="holds frames of 64 px; recipe nano needs 128"):
         run(place, tmp_path, dataclasses.replace(TINY, image_size=128))
@@ -372,10 +521,19 @@ def test_a_sharded_run_of_two_processes_gets_past_an_evaluation(place, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_command_on_two_processes_learns_what_it_learns_on_one(place, tmp_path, capsys):
-    options = ["--data", place / "data", "--tokenizer", place / "tokenizer", "--image-size", "64", "--chunk", "2"]
-    options += ["--hidden-size", "32", "--intermediate-size", "48", "--layers", "1", "--heads", "2"]
-    options += ["--max-steps", "3", "--batch-size", "4", "--precision", "fp32", "--log-every", "1", "--cpu"]
+@pytest.mark.parametrize("name", ["nano", "fine-tune"])
+def test_the_command_on_two_processes_learns_what_it_learns_on_one(
+    place, published, small_data, tmp_path, capsys, name
+):
+    """All weights of a small model; adapters of one that exists, under gradient checkpointing."""
+    if name == "nano":
+        options = ["--data", place / "data", "--tokenizer", place / "tokenizer"]
+        options += ["--hidden-size", "32", "--intermediate-size", "48", "--layers", "1", "--heads", "2"]
+    else:
+        options = ["--data", small_data, "--tokenizer", published.tokenizer, "--init", published.checkpoint]
+        options += ["--lora-rank", "4", "--lora-alpha", "16", "--learning-rate", "0.01", "--dropout", "0"]
+    options += ["--recipe", name, "--image-size", "64", "--chunk", "2", "--max-steps", "3", "--batch-size", "4"]
+    options += ["--precision", "fp32", "--log-every", "1", "--cpu"]
     command = list(map(str, ["train", *options, "--out"]))
     assert cli.main([*command, str(tmp_path / "1")]) == cli.EXIT_OK
     said = [capsys.readouterr().out]
@@ -393,7 +551,7 @@ def test_the_command_on_two_processes_learns_what_it_learns_on_one(place, tmp_pa
     said.append(done.stdout)
     curves = []
     for out, printed in zip((tmp_path / "1", tmp_path / "2"), said, strict=True):
-        assert printed.count("recipe nano") == 1
+        assert printed.count(f"recipe {name}") == 1
         curves.append([row["loss"] for row in read_lines(out / "log.jsonl") if "loss" in row])
         assert WorldVLA.from_pretrained(out, device="cpu").processor.settings.num_actions == 2
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)

@@ -192,7 +192,7 @@ class WorldVLATrainer(Trainer):
     and on GPUs of `cost.HARDWARE` the share of their peak (`mfu`).
 
     Args:
-        model: a `WorldVLAForConditionalGeneration`.
+        model: a `WorldVLAForConditionalGeneration`, or peft's model around one.
         args: transformers' `TrainingArguments`.
         train_dataset: a `Mixture`.
         world_share: see `MixtureSampler`.

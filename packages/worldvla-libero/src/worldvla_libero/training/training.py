@@ -4,6 +4,7 @@ checkpoint-N/                        where training goes on, each whole
 log.jsonl, log.csv, curves.png       numbers of the run
 imagined.png                         held-out frames as the model imagines them
 config.json, model.safetensors, …    the model with its tokenizers
+adapter/                             what was trained, where that is adapters beside frozen weights
 training.json                        the recipe as it was resolved, versions, the data's fingerprint
 """
 
@@ -31,6 +32,7 @@ from worldvla_libero.data.samples import ActionSamples, SampleKind, TokenSamples
 from worldvla_libero.data.shards import TokenDataset
 from worldvla_libero.figures import save_strips
 from worldvla_libero.prepare import load_image_tokenizer
+from worldvla_libero.training.adapters import lora_config, merged, save_adapter, with_adapters
 from worldvla_libero.training.recipes import ModelSize, Recipe, RecipeError
 from worldvla_libero.training.run_log import RunLog
 from worldvla_libero.versions import installed_versions
@@ -50,11 +52,13 @@ from worldvla_tokenizers.files import write_text_atomic
 
 RECORD_FILE = "training.json"
 STRIPS_FILE = "imagined.png"
+ADAPTER_FOLDER = "adapter"
 
 _SHOWN = 6  # frames in a strip
 _TEXT_PIECES = 320  # of a text tokenizer made for a model from scratch: 256 bytes, and the words of its prompts
 _LENGTHS = 128  # compiled models see lengths that are multiples of it
 _OF_THE_EVALUATION = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+_OF_A_RUN = {"recipe", "data", "image_tokenizer", "init", "frozen_weights"}  # in its record: what must stay
 _TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MANY = 1_024  # held-out samples that are looked at
 
@@ -126,7 +130,9 @@ def train_recipe(
         What `training.json` holds.
 
     Raises:
-        RecipeError: the data or the weights are not what the recipe needs, or the run was begun with another.
+        ImportError: adapters are trained, and peft is not installed.
+        RecipeError: the data or the weights are not what the recipe needs, or the run was begun with another;
+            or adapters are trained under FSDP.
         ShardError: the data were made with another image tokenizer.
         TrainingError: a loss is not finite, or the settings do not fit.
     """
@@ -134,6 +140,8 @@ def train_recipe(
         raise RecipeError(f"limit is {limit} steps; allowed: 1 and above")
     folder = Path(out)
     # 1. Data, processor and model, which have to fit each other
+    rank = recipe.lora_rank
+    adapters = lora_config(rank=rank, alpha=recipe.lora_alpha or 2 * rank) if rank else None
     splits = _open_data(recipe, data)
     processor = _processor(recipe, splits["train"], tokenizer, init)
     splits["train"].check_tokenizer(processor.images)
@@ -143,6 +151,10 @@ def train_recipe(
     held_out = _mixture(recipe, [splits["validation"]], processor) if recipe.held_out else None
     for samples in (mixture, held_out):
         _check_lengths(samples, model.config)
+    parameters = model.num_parameters()
+    # Checkpoints of adapters say nothing of the weights beneath: going on with others would be another run.
+    frozen = None if adapters is None else WorldVLA(model, processor).fingerprint
+    trained = model if adapters is None else with_adapters(model, adapters)
 
     # 2. Is it the run that is in this folder, and how far has that come?
     arguments, steps = _arguments(recipe, mixture, folder, options)
@@ -158,7 +170,9 @@ def train_recipe(
         },
         "image_tokenizer": processor.images.vqgan.fingerprint,
         "samples": {"action": len(mixture.action), "world": len(mixture.world)},
-        "parameters": model.num_parameters(),
+        "parameters": parameters,
+        "trained_parameters": trained.num_parameters(only_trainable=True),
+        "frozen_weights": frozen,
         "versions": installed_versions(),
         "machine": _machine(arguments),
     }
@@ -173,7 +187,7 @@ def train_recipe(
     log = RunLog(folder, step=_step_of(done[-1]) if done else 0) if arguments.process_index == 0 else None
     callbacks: list[TrainerCallback] = [_Stop(limit)] if limit is not None else []
     trainer = WorldVLATrainer(
-        model,
+        trained,
         arguments,
         train_dataset=mixture,
         eval_dataset=None if held_out is None else _some(held_out),
@@ -182,6 +196,11 @@ def train_recipe(
         data_collator=Collator(model.config.pad_token_id, _LENGTHS if options.compile else 1),
         callbacks=callbacks,
     )
+    if adapters is not None and trainer.is_fsdp_enabled:
+        raise RecipeError(
+            f"lora_rank is {rank}, and FSDP is to spread the weights over processes; adapters need all weights in "
+            "every process: start it without FSDP"
+        )
     if log is not None:
         trainer.add_callback(
             _Log(log, None if held_out is None else _Strips(recipe, splits["validation"], processor))
@@ -208,8 +227,13 @@ def train_recipe(
 
 
 def _write_model(trainer: WorldVLATrainer, processor: WorldVLAProcessor, folder: Path, dtype: torch.dtype) -> None:
-    """Write what was trained as one model, wherever its weights are."""
+    """Write what was trained as one model, wherever its weights are; adapters also by themselves."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, WorldVLAForConditionalGeneration):
+        if trainer.args.process_index == 0:
+            save_adapter(model, folder / ADAPTER_FOLDER)
+            WorldVLA(merged(model, dtype), processor).save_pretrained(folder)
+        return
     weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered from all processes
     if trainer.args.process_index == 0:
         with torch.device("meta"):
@@ -293,9 +317,10 @@ def _model(
         config = _config(recipe.size, processor, changes)
         model = WorldVLAForConditionalGeneration._from_config(config, attn_implementation=options.kernel)
     else:
-        # fp32 master weights, whatever they are stored in.
+        # fp32 master weights, whatever they are stored in; frozen ones need be no more exact than computing is.
+        dtype = _TYPES[recipe.precision] if recipe.lora_rank else torch.float32
         model = WorldVLAForConditionalGeneration.from_pretrained(
-            init, dtype=torch.float32, attn_implementation=options.kernel, **changes
+            init, dtype=dtype, attn_implementation=options.kernel, **changes
         )
     if recipe.initial == "chameleon":
         with torch.no_grad():  # published: Chameleon never learned to write images
@@ -402,6 +427,8 @@ def _arguments(
         report_to=list(options.report_to) or "none",
         run_name=recipe.name,
         remove_unused_columns=False,
+        # Every adapter is used; by default they would be searched for unused ones, at every step.
+        ddp_find_unused_parameters=False if recipe.lora_rank else None,
     )
     return arguments, steps
 
@@ -412,7 +439,7 @@ def _check_same_run(folder: Path, record: dict[str, Any]) -> None:
     if not known or not (checkpoints(folder) or "steps" in known):
         return
     flat_known, flat = _flat(known), _flat(record)
-    names = [name for name in flat if name.split(".")[0] in ("recipe", "data", "image_tokenizer", "init")]
+    names = [name for name in flat if name.split(".")[0] in _OF_A_RUN]
     other = [
         f"{name}: {flat_known.get(name)!r} there, {flat[name]!r} here"
         for name in names
@@ -504,6 +531,7 @@ class _Strips:
 
     def __init__(self, recipe: Recipe, data: TokenDataset, processor: WorldVLAProcessor) -> None:
         self.kind, self.processor, self._told = recipe.second_kind, processor, False
+        self.adapters = recipe.lora_rank > 0
         if self.kind is None:
             return
         samples = TokenSamples(
@@ -520,6 +548,8 @@ class _Strips:
         """Draw, unless nothing imagines or the weights are spread over processes."""
         if self.kind is None:
             return
+        if self.adapters:
+            model = model.get_base_model()  # with the adapters in its layers
         # `fully_shard` makes the model an FSDPModule too, and it stays one of its own class.
         if isinstance(model, FSDPModule) or not isinstance(model, WorldVLAForConditionalGeneration):
             if not self._told:
