@@ -18,6 +18,7 @@ from transformers import (
     ChameleonConfig,
     ChameleonForConditionalGeneration,
     ChameleonModel,
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     StaticCache,
@@ -32,6 +33,7 @@ from worldvla_model import (
     WorldVLAModel,
     masks,
 )
+from worldvla_tokenizers import Vocabulary, sequence
 
 CHAMELEON_READS_ITS_OWN_CONFIG = pytest.mark.skipif(
     transformers.__version__.startswith("5.4."),
@@ -257,6 +259,47 @@ def test_generate_equals_the_published_continuations(published, model, cache):
         prompt = torch.tensor([reference["prompt"]])
         output = model.generate(prompt, max_new_tokens=80, do_sample=False, cache_implementation=cache)
         assert output[0, prompt.shape[1] :].tolist() == reference["generated"]
+
+
+def test_guesses_from_the_prompt_change_no_ids(published, model):
+    for reference in published.json("generations"):
+        prompt = torch.tensor([reference["prompt"]])
+        output = model.generate(prompt, do_sample=False, prompt_lookup_num_tokens=8)
+        assert output[0, prompt.shape[1] :].tolist() == reference["generated"]
+
+
+@pytest.mark.parametrize("implementation", WITH_COMPILING, indirect=True)
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 8}, {"use_cache": False}])
+def test_guessed_images_are_not_seen_by_what_comes_before_them(small, implementation, options):
+    """An action after the last image is kept apart from others, and whether an image follows is a guess."""
+    small = small.double()  # in fp32 near ties could fall either way
+    vocabulary = Vocabulary.published()
+    image = sequence.image_block([[1, 2], [3, 4]], vocabulary)
+    actions = [token for value in (10_006, 10_106) for token in sequence.action_block([value] * 7, vocabulary)]
+    # After the first end of turn comes an image: so it is guessed after the last one.
+    prompt = torch.tensor([[0, vocabulary.eot, *image, *actions, vocabulary.eot]])
+    expected = small.generate(prompt, do_sample=False, max_new_tokens=6)
+    small.set_attn_implementation(implementation)
+    assert torch.equal(small.generate(prompt, do_sample=False, max_new_tokens=6, **options), expected)
+
+
+def test_steps_over_a_static_cache_are_compiled_once(small):
+    small, graphs = small.double(), []
+    compiled = CompileConfig(
+        backend=lambda graph, _: graphs.append(graph) or graph.forward, mode="default", fullgraph=True
+    )
+    compiled._compile_all_devices = True
+    for length in (9, 12, 30):
+        prompt = torch.randint(16_390, 16_640, (1, length))
+        expected = small.generate(prompt, do_sample=False, max_length=40)
+        options = {"cache_implementation": "static", "compile_config": compiled, "max_length": 40}
+        assert torch.equal(small.generate(prompt, do_sample=False, **options), expected)
+        assert len(graphs) == 1
+
+
+def test_prompts_are_not_read_in_parts(small):
+    with pytest.raises(ValueError, match="prefill_chunk_size is 4; allowed: None"):
+        small.generate(torch.zeros(1, 9, dtype=torch.long), prefill_chunk_size=4)
 
 
 def test_generate_in_a_left_padded_batch(published, model):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class MaskError(ValueError):
@@ -237,6 +237,52 @@ def attend(
     if keys is not None:
         allowed = (allowed & keys[:, None, :]) | (query.position == key.position)
     return allowed
+
+
+def attend_in_turn(
+    strategy: str | Strategy,
+    ids: Tensor,
+    vocabulary: BlockTokens,
+    *,
+    known: int,
+    first_query: int = 0,
+    keys: Tensor | None = None,
+    plain: Tensor | None = None,
+) -> Tensor:
+    """`attend` for ids that are fed at once as if one had come after the other.
+
+    Masks may look ahead for images. Here no id knows of an image that begins or ends after it, but those of the
+    prompt, which enter together.
+
+    Args:
+        strategy: name or function.
+        ids: (B, T) ids of whole sequences.
+        vocabulary: owner of the ids that open and close blocks.
+        known: ids of the prompt.
+        first_query: as in `attend`.
+        keys: as in `attend`.
+        plain: as in `attend`.
+
+    Returns:
+        (B, T - first_query, T) bool, True = may attend.
+
+    Raises:
+        MaskError: as `dense`.
+    """
+    length, first = ids.shape[1], max(known, first_query + 1)
+    images = ((ids == vocabulary.boi) | (ids == vocabulary.eoi)).any(dim=0)[first:]
+    parts = []
+    for end in [*(first + place for place in images.nonzero().flatten().tolist()), length]:
+        part = attend(
+            strategy,
+            positions(ids[:, :end], vocabulary),
+            first_query=first_query,
+            keys=None if keys is None else keys[:, :end],
+            plain=plain,
+        )
+        parts.append(nn.functional.pad(part, (0, length - end)))
+        first_query = end
+    return torch.cat(parts, dim=1)
 
 
 def dense(strategy: str | Strategy, ids: Tensor, vocabulary: BlockTokens) -> Tensor:

@@ -280,8 +280,12 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
         inputs_embeds: Tensor,
         cache: Cache | None,
         is_world: Tensor | None,
+        known: int | None = None,
     ) -> Tensor | BlockMask | None:
-        """The mask of the new tokens over all keys, in the form that the attention implementation takes."""
+        """The mask of the new tokens over all keys, in the form that the attention implementation takes.
+
+        Of `inputs_embeds` only shape, device and type matter. Ids after the first `known` are guesses.
+        """
         batch, queries = inputs_embeds.shape[:2]
         total = past + queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
         implementation = self.config._attn_implementation
@@ -296,16 +300,24 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
                 f"{past + queries}), the ids of {past} cached and {queries} new tokens; attention='causal' "
                 "needs none"
             )
-        where = masks.positions(context_ids, self.config)
-        keys = None if padding is None else padding.bool()
-        if implementation == "flex_attention":
-            rule = masks.mask_function(strategy, where, first_query=past, keys=keys, plain=is_world)
+        options = {"first_query": past, "keys": None if padding is None else padding.bool(), "plain": is_world}
+        if known is not None:
+            allowed = masks.attend_in_turn(strategy, context_ids, self.config, known=known, **options)
+        elif implementation == "flex_attention":
+            rule = masks.mask_function(strategy, masks.positions(context_ids, self.config), **options)
             return create_block_mask(
                 _within(rule, past + queries), batch, None, queries, total, device=inputs_embeds.device
             )
-        allowed = masks.attend(strategy, where, first_query=past, keys=keys, plain=is_world)  # (B, Q, T)
+        else:
+            allowed = masks.attend(strategy, masks.positions(context_ids, self.config), **options)  # (B, Q, T)
         # A static cache has slots that nothing was written to yet.
         allowed = nn.functional.pad(allowed, (0, total - allowed.shape[-1]))[:, None]  # (B, 1, Q, total)
+        if implementation == "flex_attention":
+            return create_block_mask(
+                lambda batch, head, query, key: allowed[batch, 0, query, key],
+                *(batch, None, queries, total),
+                device=allowed.device,
+            )
         return as_attention_mask(allowed, implementation, inputs_embeds.dtype)
 
 
@@ -403,12 +415,25 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
         """Generate as transformers does, but go on to the end of the turn where no length is given.
 
         Its own default, 20 tokens, would cut every chunk and every frame.
+
+        Raises:
+            ValueError: `prefill_chunk_size` is given.
         """
         given = (generation_config, self.generation_config)
-        limits = [kwargs.get(name) for name in ("max_length", "max_new_tokens")]
-        limits += [getattr(config, name, None) for config in given for name in ("max_length", "max_new_tokens")]
-        if all(limit is None for limit in limits):
+
+        def options(name: str) -> list[Any]:
+            return [kwargs.get(name), *(getattr(config, name, None) for config in given)]
+
+        size = next((size for size in options("prefill_chunk_size") if size is not None), None)
+        if size is not None:  # transformers shows each part only its own ids
+            raise ValueError(
+                f"prefill_chunk_size is {size}; allowed: None, since masks depend on all ids of the prompt"
+            )
+        if all(limit is None for limit in [*options("max_length"), *options("max_new_tokens")]):
             kwargs["max_length"] = self.config.max_position_embeddings
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is not None:  # what comes after may be guessed
+            kwargs["prompt_length"] = ids.shape[1]
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -416,16 +441,35 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        prompt_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of one step of `generate`: the new ids, and all ids so far for the mask."""
+        """Inputs of one step of `generate`: the new ids, and all ids so far for the mask, or the mask itself."""
         # The padding mask is kept from transformers, which would turn it into a causal 4-D mask here.
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=None, inputs_embeds=inputs_embeds, **kwargs
         )
         # A prompt of embeddings has no ids, unless they are given as well.
-        known = inputs_embeds is None or input_ids.shape[1] >= inputs_embeds.shape[1]
-        return {**inputs, "attention_mask": attention_mask, "context_ids": input_ids if known else None}
+        if inputs_embeds is not None and input_ids.shape[1] < inputs_embeds.shape[1]:
+            return {**inputs, "attention_mask": attention_mask, "context_ids": None}
+        cache, embeddings = inputs.get("past_key_values"), inputs.get("inputs_embeds")
+        batch, queries = (inputs["input_ids"] if embeddings is None else embeddings).shape[:2]
+        # Steps over a static cache may be compiled: ids that become more and more must not enter them. And what
+        # assisted decoding guesses must not be seen by what comes before it.
+        guessed = prompt_length is not None and queries > 1 and input_ids.shape[1] > prompt_length
+        if not guessed and not (isinstance(cache, Cache) and cache.is_compileable):
+            return {**inputs, "attention_mask": attention_mask, "context_ids": input_ids}
+        mask = self.model._mask(
+            inputs.get("attention") or self.config.attention,
+            input_ids,
+            attention_mask,
+            input_ids.shape[1] - queries,
+            torch.empty(batch, queries, 0, dtype=self.dtype, device=input_ids.device),
+            cache,
+            inputs.get("is_world"),
+            prompt_length if guessed else None,
+        )
+        return {**inputs, "attention_mask": mask, "context_ids": None}
 
 
 def _use_new_names(options: dict[str, Any]) -> None:
@@ -467,10 +511,12 @@ def _as_dtype(value: torch.dtype | str) -> torch.dtype | str:
 
 
 def as_attention_mask(allowed: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """A mask (B, 1, Q, T), True = may attend, as an attention takes it: bool for sdpa, else additive."""
-    if implementation == "sdpa":
+    """A mask (B, 1, Q, T), True = may attend, as an attention takes it: bool for sdpa on a GPU, else additive."""
+    # On a CPU sdpa itself would make it additive, anew in every layer.
+    if implementation == "sdpa" and allowed.device.type != "cpu":
         return allowed
-    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
+    additive = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return additive.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def _count_positions(padding: Tensor | None, past: int, queries: int, device: torch.device) -> Tensor:
