@@ -2,10 +2,18 @@ import random
 
 import pytest
 import torch
-from grammar_models import V, outcome, random_prompt, slot_model, telling_model
+from grammar_models import V, outcome, random_prompt, scripted_model, slot_model, telling_model
 
 from worldvla_model import DecodingError, Sampling, SequenceLengthError, WorldVLAForConditionalGeneration
-from worldvla_model.decoding import Decoder, continue_frames, continue_freely, decode_frames, fill, repeat
+from worldvla_model.decoding import (
+    Decoder,
+    Workspace,
+    continue_frames,
+    continue_freely,
+    decode_frames,
+    fill,
+    repeat,
+)
 from worldvla_tokenizers import sequence
 
 FRAME = [*sequence.image_slots(4, 4, V), [V.eot]]
@@ -227,6 +235,21 @@ def test_a_good_draft_saves_passes_and_a_bad_one_costs_none(model, passes):
     assert counts[None] == CODES  # begin, grid, new-line, end and end of turn cost no pass
     assert counts[0] <= CODES
     assert counts[1] <= 4
+
+
+def test_what_the_model_said_after_a_wrong_guess_is_a_guess_too():
+    """Of a model that says the same whatever it has seen, all of it holds."""
+    rng, codes = random.Random(9), 64
+    slots, prompt = [*sequence.image_slots(8, 8, V), [V.eot]], random_prompt(rng)
+    model, tell = scripted_model(16_640, 192)
+    expected = [slot[0] if len(slot) == 1 else rng.choice(slot) for slot in slots]
+    tell(len(prompt), expected)
+    draft = [token if rng.random() < 0.5 or len(s) == 1 else 5 for token, s in zip(expected, slots, strict=True)]
+    workspace = Workspace(model)
+    assert decode_frames(model, [prompt], slots, draft=repeat(draft), workspace=workspace) == [expected]
+    wrong = sum(token != guess for token, guess in zip(expected, draft, strict=True))
+    assert wrong > codes / 3
+    assert workspace.passes < 0.8 * wrong  # by the draft alone each wrong guess costs a pass
 
 
 def test_a_batch_gives_what_each_of_its_prompts_gives_alone(model):

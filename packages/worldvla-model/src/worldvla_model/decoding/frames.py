@@ -3,8 +3,10 @@
 The camera stands still and so does most of what it sees: the codes of the frame before, place by place, are
 a draft of those to come. A window of the draft is fed in one pass, which says for each of its tokens what
 the model would have chosen there. Up to the first that differs the draft is what decoding one token after
-the other gives; there the model's own choice stands, and the rest is drafted again. Tokens that the grammar
-leaves no choice for are written without asking, or in the exact mode guessed and asked for in the same pass.
+the other gives; there the model's own choice stands, and the rest is drafted again. What the model said after
+a wrong guess is no more than another guess, but one that has seen the prompt's action: it is tried where the
+draft does badly. Tokens that the grammar leaves no choice for are written without asking, or in the exact mode
+guessed and asked for in the same pass.
 
 Slots may describe several frames and what stands between them, such as the next action: a whole rollout then
 shares one cache.
@@ -36,6 +38,9 @@ _HOPE = 0.1  # a window ends where the chance that all of it holds falls below t
 _MEMORY = 0.95  # how much of what was seen of the draft stays after one more token of it
 _USELESS = 0.15  # below this agreement the draft is left alone …
 _PROBE = 12  # … but for a token in every so many passes
+_DOUBTED = 0.7  # below this agreement the model's own guesses are tried instead …
+_SEEN = 6  # … once as many tokens of the draft are remembered …
+_LOST = -0.25  # … and until they have been wrong more often than the draft
 
 
 def decode_frames(
@@ -238,6 +243,9 @@ class _Row:
         self.finished = not slots
         self._fed = known  # tokens in the cache, from the beginning of the prompt
         self._right, self._drafted, self._passes = 0.8, 1.0, 0
+        self._said: dict[int, int] = {}  # what the model chose after a wrong guess, by place
+        self._rivals: dict[int, tuple[int, int]] = {}  # that and what the draft says, where they differ
+        self._lead = 0.0  # times that the model was right there, less those that the draft was
         self._write_forced()
 
     def plan(self) -> _Plan:
@@ -278,11 +286,23 @@ class _Row:
                 break
             agreed += len(slot) > 1
             held += 1
+        self._compare(position)
+        # The first place after a wrong guess is left out: the model took the guess for right.
+        done = len(self.decided)
+        self._said = {position + i: token for i, token in chosen.items() if position + i > done}
         fading = _MEMORY**drafted
         self._right, self._drafted = fading * self._right + agreed, fading * self._drafted + drafted
         self._passes += 1
         self._fed += count - plan.guesses + held
         self._write_forced()
+
+    def _compare(self, start: int) -> None:
+        """See which of two guesses was right, from a place on."""
+        for place in range(start, len(self.decided)):
+            if place in self._rivals:
+                said, drafted = self._rivals[place]
+                won = (self.decided[place] == said) - (self.decided[place] == drafted)
+                self._lead = _MEMORY * self._lead + won
 
     def _write_forced(self) -> None:
         while not self.exact and not self.finished and len(self.slots[len(self.decided)]) == 1:
@@ -292,7 +312,7 @@ class _Row:
     def _guess(self) -> list[int]:
         """Ids at the next positions, as far as they are likely enough to hold."""
         done = len(self.decided)
-        draft = [] if self.draft is None else self.draft(self.prompt, self.decided)
+        draft = self._drafts()
         wanted = self._window()
         found: list[int] = []
         free = 0
@@ -303,6 +323,21 @@ class _Row:
                     break
             found.append(draft[place] if len(slot) > 1 else slot[0])
         return found
+
+    def _drafts(self) -> list[int]:
+        """The draft of what comes next; where it does badly, what the model said in its place."""
+        done = len(self.decided)
+        draft = [] if self.draft is None else list(self.draft(self.prompt, self.decided))
+        self._rivals = {
+            place: (said, draft[place - done])
+            for place, said in self._said.items()
+            if done <= place < done + len(draft) and said in self.slots[place] and said != draft[place - done]
+        }
+        doubted = self._drafted > _SEEN and self._right / self._drafted < _DOUBTED
+        if doubted and self._lead > _LOST:
+            for place, (said, _) in self._rivals.items():
+                draft[place - done] = said
+        return draft
 
     def _window(self) -> int:
         """Drafted tokens worth a try."""
