@@ -4,7 +4,10 @@
 
 `published`: one token after the other as the released code does it: key-value cache, logits of the whole
 prompt, and the T x T mask made anew in Python for every token. `careful`: one token after the other with one
-mask for the whole answer and logits of the last position only. `ours`: what `WorldVLA` does. A random model, of
+mask for the whole answer and logits of the last position only. `ours`: what `WorldVLA` does. Beside them two ways
+of transformers' `generate` on the same weights: `lookup`, which guesses from the prompt
+(`prompt_lookup_num_tokens=10`), and `static`, one token after the other over a static cache with its steps
+compiled (`cache_implementation="static"`). The compiler takes its time before the clock starts. A random model, of
 about 100 million parameters in fp32 on a CPU, of 7 billion in bf16 on a GPU; vocabulary 65,536, a prompt of 569
 tokens: words and two frames of 256 px, or one frame and an action. All are held to the grammar, since random
 weights would leave it. They run in turn, `--runs` times; medians are reported, and every run's ids are compared.
@@ -20,6 +23,7 @@ compared too.
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import statistics
 import time
@@ -32,7 +36,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from worldvla_libero import TokenDataset, default_model_path, sample_data_path
 from worldvla_model import WorldVLA, WorldVLAConfig, WorldVLAForConditionalGeneration
@@ -100,18 +104,24 @@ class Clock:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Be told by `PlacedSequences` of its passes."""
-        feed = PlacedSequences.feed
+        """Be told by `PlacedSequences` and by `generate` of their passes."""
+        kinds = (PlacedSequences, "feed"), (WorldVLAForConditionalGeneration, "prepare_inputs_for_generation")
+        plain = [getattr(kind, name) for kind, name in kinds]
 
-        def told(*args: Any, **kwargs: Any) -> torch.Tensor:
-            self.pass_begins()
-            return feed(*args, **kwargs)
+        def telling(way: Callable[..., Any]) -> Callable[..., Any]:
+            def told(*args: Any, **kwargs: Any) -> Any:
+                self.pass_begins()
+                return way(*args, **kwargs)
 
-        PlacedSequences.feed = told  # type: ignore[method-assign]
+            return functools.wraps(way)(told)  # `generate` looks at names of arguments
+
+        for (kind, name), way in zip(kinds, plain, strict=True):
+            setattr(kind, name, telling(way))
         try:
             yield
         finally:
-            PlacedSequences.feed = feed  # type: ignore[method-assign]
+            for (kind, name), way in zip(kinds, plain, strict=True):
+                setattr(kind, name, way)
 
     @contextmanager
     def run(self, timing: Timing) -> Iterator[None]:
@@ -184,6 +194,54 @@ def careful(model: WorldVLAForConditionalGeneration, prompt: Ids, slots: Sequenc
         tokens, places = (torch.tensor([[i]], device=model.device) for i in (token, at))
         last = torch.zeros_like(tokens)
     return answer
+
+
+class Slots(LogitsProcessor):
+    """Of an answer to a prompt: at each position all ids but those that may stand there are ruled out."""
+
+    def __init__(self, prompt: Ids, slots: Sequence[Ids]) -> None:
+        self.length, self.slots = len(prompt), slots
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(B, V) logits of the next id, of others than those allowed there -inf."""
+        place = input_ids.shape[1] - self.length
+        if place == len(self.slots):  # a guess at the last place is asked what comes after it
+            return scores
+        slot, held = self.slots[place], torch.full_like(scores, -torch.inf)
+        held[:, slot[0] : slot[-1] + 1] = scores[:, slot[0] : slot[-1] + 1]
+        return held
+
+
+def generated(
+    model: WorldVLAForConditionalGeneration, prompt: Ids, slots: Sequence[Ids], **options: Any
+) -> list[int]:
+    """What transformers' `generate` says, held to the grammar."""
+    ids = torch.tensor([prompt], device=model.device)
+    answer = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=len(slots),
+        logits_processor=LogitsProcessorList([Slots(prompt, slots)]),
+        **options,
+    )
+    return answer[0, len(prompt) :].tolist()
+
+
+def peers(
+    model: WorldVLAForConditionalGeneration, slots: Sequence[Ids], warm: Ids, *, compiled: bool
+) -> dict[str, Callable[[Ids], list[int]]]:
+    """The ways of `generate`; compiled for prompts as long as the one to warm up with."""
+    ways = {"lookup": lambda prompt: generated(model, prompt, slots, prompt_lookup_num_tokens=10)}
+    if compiled:
+        static = {"cache_implementation": "static", "compile_config": CompileConfig()}
+        if model.device.type == "cpu":  # transformers compiles there only when told to
+            static["compile_config"] = CompileConfig(mode="default")
+            static["compile_config"]._compile_all_devices = True
+        ways["static"] = lambda prompt: generated(model, prompt, slots, **static)
+        for _ in range(3):
+            ways["static"](warm)
+    return ways
 
 
 def image(rng: random.Random, side: int = 16) -> list[int]:
@@ -276,7 +334,7 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(one) / statistics.median(other)
 
 
-def chunks(model: WorldVLAForConditionalGeneration, runs: int) -> None:
+def chunks(model: WorldVLAForConditionalGeneration, runs: int, *, compiled: bool) -> None:
     rng, clock = random.Random(0), Clock(model)
     for actions, needed in NEEDED.items():
         slots = [*list(GRAMMAR.slots) * actions, [GRAMMAR.end_of_turn]]
@@ -286,6 +344,7 @@ def chunks(model: WorldVLAForConditionalGeneration, runs: int) -> None:
                 "published": lambda prompt, slots=slots: published(model, prompt, slots, clock.pass_begins),
                 "careful": lambda prompt, slots=slots: careful(model, prompt, slots),
                 "ours": lambda prompt, k=actions: decode_chunks(model, [prompt], GRAMMAR, num_actions=k)[0],
+                **peers(model, slots, chunk_prompt(random.Random(6)), compiled=compiled),
             },
             [chunk_prompt(rng) for _ in range(runs)],
         )
@@ -311,7 +370,7 @@ def chunks(model: WorldVLAForConditionalGeneration, runs: int) -> None:
             print(f"   {what}: {times:.2f}x, needed {need}x: {common.yes(times >= need)}")
 
 
-def frames(model: WorldVLAForConditionalGeneration, runs: int) -> None:
+def frames(model: WorldVLAForConditionalGeneration, runs: int, *, compiled: bool) -> None:
     rng = random.Random(1)
     prompts = [frame_prompt(rng) for _ in range(runs)]
     answers = {tuple(prompt): decode_frames(model, [prompt], FRAME)[0] for prompt in prompts}
@@ -331,11 +390,14 @@ def frames(model: WorldVLAForConditionalGeneration, runs: int) -> None:
         "undrafted": lambda prompt: decode_frames(model, [prompt], FRAME)[0],
     }
     ways |= {f"draft right for {100 * a:.0f} %": drafted(a) for a in (0.0, *NEEDED_OF_DRAFTS)}
-    found = compare(Clock(model), ways, prompts)
+    others = peers(model, FRAME, frame_prompt(random.Random(6)), compiled=compiled)
+    found = compare(Clock(model), ways | others, prompts)
     base, useless = found["undrafted"], found["draft right for 0 %"]
     print(f"\nFrame of 256 codes, prompt of {len(prompts[0])} tokens; {told_ids(found, runs)}")
     rows = []
-    for (name, way), need in zip(found.items(), [None, None, None, *NEEDED_OF_DRAFTS.values()], strict=True):
+    for (name, way), need in zip(
+        found.items(), [None, None, None, *NEEDED_OF_DRAFTS.values(), *[None] * len(others)], strict=True
+    ):
         fewer = statistics.median_high(base.passes) / statistics.median_high(way.passes)
         faster = ratio(base.query, way.query)
         wanted, reached = ("", ""), ""
@@ -653,11 +715,13 @@ def main() -> None:
     common.print_machine(
         device=name, parameters=f"{model.num_parameters():,}", dtype=dtype, threads=threads, runs=runs
     )
+    if options.quick:
+        print("no row `static`: compilers take longer than all the rest here")
     with common.watching_others() as others:
         if "chunks" in options.only:
-            chunks(model, runs)
+            chunks(model, runs, compiled=not options.quick)
         if "frames" in options.only:
-            frames(model, runs)
+            frames(model, runs, compiled=not options.quick)
         if "batches" in options.only:
             batches(model, runs if device.type == "cpu" else 5 * runs)
         if "real" in options.only:

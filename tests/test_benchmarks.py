@@ -104,6 +104,8 @@ def test_decoding():
         assert [row[0] for row in rows(output, "published")][actions // 10] == f"{name}"
     assert [row[0] for row in rows(output, "ours")] == ["7", "7"]
     assert rows(output, "careful")[-1][0] == "277"
+    assert len(rows(output, "lookup")) == 3  # the other peer, `static`, waits for a compiler
+    assert "no row `static`" in output
     passes = [int(row[0]) for name in DRAFTS for row in rows(output, name)]
     assert passes[0] == 256
     for found, base, fewer in zip(passes[1:], [256] * 4, (1.0, 1.8, 4.0, 10.0), strict=True):
