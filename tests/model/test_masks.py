@@ -105,6 +105,22 @@ def test_rows_of_new_tokens_are_rows_of_the_whole_mask(ids, data):
     assert torch.equal(made, whole[:, past:])
 
 
+@settings(max_examples=40)
+@given(sequences, st.data())
+def test_rows_of_ids_in_turn_are_those_of_what_is_known_by_then(ids, data):
+    name = data.draw(st.sampled_from(sorted(masks.STRATEGIES)))
+    known = data.draw(st.integers(1, len(ids)))
+    first = data.draw(st.integers(0, len(ids) - 1))
+    try:
+        found = masks.attend_in_turn(name, torch.tensor([ids]), V, known=known, first_query=first)[0]
+        for row in range(first, len(ids)):
+            known_then = max(known, row + 1)
+            expected = masks.dense(name, torch.tensor([ids[:known_then]]), V)[0, row]
+            assert torch.equal(found[row - first], torch.nn.functional.pad(expected, (0, len(ids) - known_then)))
+    except MaskError:
+        pass  # begun within another block
+
+
 def test_batches_and_padding():
     one = [V.bos, V.boi, 5, V.eoi, V.boa, 10_100, V.eoa, V.boa, 10_100, V.eoa]
     two = [V.bos, V.boi, 5, V.eoi, V.boa, 10_100, V.eoa]

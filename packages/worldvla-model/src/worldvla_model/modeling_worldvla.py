@@ -300,7 +300,11 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
                 f"{past + queries}), the ids of {past} cached and {queries} new tokens; attention='causal' "
                 "needs none"
             )
-        options = {"first_query": past, "keys": None if padding is None else padding.bool(), "plain": is_world}
+        options: dict[str, Any] = {
+            "first_query": past,
+            "keys": None if padding is None else padding.bool(),
+            "plain": is_world,
+        }
         if known is not None:
             allowed = masks.attend_in_turn(strategy, context_ids, self.config, known=known, **options)
         elif implementation == "flex_attention":
