@@ -23,7 +23,7 @@ _STEPS = [
 ]
 
 
-def grammar_model(seed, *, leaves=0.0, ends=0.3):
+def grammar_model(seed, *, leaves=0.0, ends=0.3, positions=192):
     """A model that says begin, a value of each dimension, end, then begin or end of turn.
 
     Which values it says depends, through attention with random weights, on the prompt and the block so far.
@@ -32,6 +32,7 @@ def grammar_model(seed, *, leaves=0.0, ends=0.3):
         seed: of all weights.
         leaves: share of tokens after which it says something out of place.
         ends: how much it likes to end its turn after an action.
+        positions: its longest sequence.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -42,7 +43,7 @@ def grammar_model(seed, *, leaves=0.0, ends=0.3):
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=3,
-        max_position_embeddings=192,
+        max_position_embeddings=positions,
         initializer_range=0.1,
     )
     model = WorldVLAForConditionalGeneration(config).eval().double()  # in fp32 near ties could fall either way

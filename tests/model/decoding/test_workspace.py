@@ -82,9 +82,13 @@ def test_after_a_change_of_weights_forgetting_helps():
     assert decode_chunks(model, [prompt], GRAMMAR, num_actions=3, workspace=workspace) == expected
 
 
-def test_no_length_of_a_prompt_costs_a_compilation():
-    model, rng, counter = grammar_model(0, ends=1.5), random.Random(0), CompileCounter()
-    workspace = Workspace(model, slots=190, backend=counter)
+# Lengths of every remainder, and the round ones, which compilers like to treat apart; and two hundred in a row.
+@pytest.mark.parametrize(
+    "lengths", [(*range(3, 161, 7), *range(16, 161, 16)), pytest.param(range(3, 203), marks=pytest.mark.slow)]
+)
+def test_no_length_of_a_prompt_costs_a_compilation(lengths):
+    model, rng, counter = grammar_model(0, ends=1.5, positions=256), random.Random(0), CompileCounter()
+    workspace = Workspace(model, slots=240, backend=counter)
     frame = [*sequence.image_slots(2, 2, V), [V.eot]]
 
     def both(prompt, **where):
@@ -94,8 +98,7 @@ def test_no_length_of_a_prompt_costs_a_compilation():
     both([0, 16_400, V.eot], workspace=workspace)
     warm = counter.frame_count
     assert warm >= 2
-    # Lengths of every remainder, and the round ones, which compilers like to treat apart.
-    for length in (*range(3, 161, 7), *range(16, 161, 16)):
+    for length in lengths:
         prompt = [0, *[rng.randrange(16_388, 16_640) for _ in range(length - 2)], V.eot]
         found = both(prompt, workspace=workspace)
         if length % 16 == 0:
