@@ -368,6 +368,7 @@ def test_imagining_needs_an_action_for_each_frame(published, agent):
             agent.imagine(pictures, np.zeros((count, 7)), rounds=rounds)
 
 
+@pytest.mark.slow
 def test_compiled_passes_give_the_same(published, agent):
     reference = references(published, "action")[0]
     scene = frames(published, reference), instruction(published, reference)

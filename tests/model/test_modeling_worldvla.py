@@ -202,7 +202,7 @@ def test_cached_equals_uncached(parts, strategy, data):
             torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 def test_one_graph_without_breaks(published, model, implementation):
     """The whole forward traces into one graph, prefill and steps over a static cache alike."""
     model = copy.deepcopy(model)

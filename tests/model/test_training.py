@@ -115,8 +115,7 @@ def restated_loss(model, examples, rule):
     return means["action"] + 0.04 * means["world"] + z
 
 
-@pytest.mark.parametrize("rule", ["published", "paper"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "rule"), [(1, "paper"), (2, "published")])
 def test_five_steps_give_the_weights_of_a_plain_restatement(published, mixture, tmp_path, rule, accumulation):
     chosen = [0, 1, len(mixture.action), len(mixture.action) + 1]
     batch = Mixture([mixture[i][:2] for i in chosen[:2]], [mixture[i][:2] for i in chosen[2:]])

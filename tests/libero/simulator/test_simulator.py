@@ -65,6 +65,7 @@ def test_frames_equal_those_of_an_always_on_camera(simulator, always_on, observe
     assert np.ptp(frames[-1].astype(int) - frames[0]) > 0  # the arm has moved, so equality means something
 
 
+@pytest.mark.slow
 def test_two_simulators_in_a_process_do_not_draw_into_each_other(simulator, always_on):
     frames, _ = always_on
     with Simulator(load_suite("libero_object").task(2), image_size=64) as other:
@@ -172,6 +173,7 @@ def test_torch_can_load_triton_after_the_renderer():
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 def test_a_rollout_is_silent_and_leaves_the_home_untouched(tmp_path: Path):
     home = tmp_path / "home"
     home.mkdir()

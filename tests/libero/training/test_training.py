@@ -369,6 +369,7 @@ def test_adapters_learn_and_log_what_other_runs_do(published, small_data, adapte
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_interrupted_adapters_go_on_bit_for_bit(published, small_data, adapted, tmp_path):
     adapt(published, small_data, tmp_path, limit=2)
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
