@@ -122,8 +122,8 @@ def test_the_default_compiler_gives_the_same():
 @pytest.mark.parametrize(
     ("count", "slots"),
     [
-        (25, None),
-        (25, 64),
+        (40, None),
+        (40, 64),
         pytest.param(1_000, None, marks=pytest.mark.campaign),
         pytest.param(1_000, 64, marks=pytest.mark.campaign),
     ],
