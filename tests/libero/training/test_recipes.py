@@ -9,6 +9,7 @@ from worldvla_libero.data.samples import VideoSamples, WorldSamples
 from worldvla_libero.training.recipes import (
     FINE_TUNE,
     NANO,
+    PRINTED,
     RECIPES,
     SUITES,
     TOKENIZER_RECIPES,
@@ -75,6 +76,18 @@ def test_the_rows_of_table_3_differ_where_they_should():
         ("action", 10, "action_isolated"),
         ("action+world", 10, "action_isolated"),
     ]
+
+
+def test_what_the_paper_printed_stands_beside():
+    assert {name: PRINTED[name] for name in ("table2-256-long", "table2-512-object", "table3-row3-spatial")} == {
+        "table2-256-long": "59.0 %",
+        "table2-512-object": "96.2 %",
+        "table3-row3-spatial": "36.7 %",
+    }
+    assert PRINTED["table4-action-world-goal"] == "29.77, 24.30 dB"
+    assert PRINTED["table5-4-frames-chunks-goal"] == "84.7 %"
+    assert PRINTED["table6-pretrained-long"] == "30.2 %"
+    assert {name for name in RECIPES if name.startswith("table")} == set(PRINTED)
 
 
 def test_kinds_of_samples():

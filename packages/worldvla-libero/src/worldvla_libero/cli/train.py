@@ -14,6 +14,7 @@ import tyro
 
 from worldvla_libero.embedded import default_model_path, sample_data_path
 from worldvla_libero.training.recipes import (
+    PRINTED,
     RECIPES,
     SMOKE,
     TOKENIZER_RECIPES,
@@ -273,9 +274,9 @@ def _recipe_name(arguments: Sequence[str]) -> str:
 def _print_recipes(console: Console) -> None:
     from rich.table import Column, Table
 
-    table = Table(Column("recipe", no_wrap=True), Column("what", overflow="fold"))
+    table = Table(Column("recipe", no_wrap=True), Column("what", overflow="fold"), "the paper's")
     for recipe in RECIPES.values():
-        table.add_row(recipe.name, recipe.source)
+        table.add_row(recipe.name, recipe.source, PRINTED.get(recipe.name, ""))
     console.print(table)
     console.print("all fields of one: worldvla train --recipe NAME --help", highlight=False)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from worldvla_libero.data.samples import SampleKind, VideoSamples, WorldSamples
+from worldvla_libero.evaluation import published_results
 from worldvla_model.loss import LossRule
 from worldvla_tokenizers.vqgan import VQGANConfig
 from worldvla_tokenizers.vqgan_training import VQGANTraining
@@ -189,20 +190,21 @@ class TokenizerRecipe:
     image_size: int = 256
 
 
-def _paper_recipes() -> Iterator[Recipe]:
-    """Tables 2 to 6, Figures 6 and 7, in this order."""
+def _paper_recipes() -> Iterator[tuple[Recipe, str]]:
+    """Tables 2 to 6, Figures 6 and 7, in this order, and what the paper printed for each."""
 
     def on(suite: str, name: str, source: str, **changes: object) -> Recipe:
         chunk = 10 if suite == "long" else 5  # paper §4.1
         values = {"chunk": chunk, **changes}
         return Recipe(f"{name}-{suite}", source, (SUITES[suite],), **values)  # type: ignore[arg-type]
 
-    for size in (256, 512):
+    for size, printed in ((256, published_results.SUCCESS[1]), (512, published_results.SUCCESS[0])):
         for suite in SUITES:
             # Released: a smaller batch for LIBERO-Goal at 256 px, 2 a GPU on 4 GPUs.
             batch = 8 if (suite, size) == ("goal", 256) else 32
             about = f"Table 2, WorldVLA at {size} px, trained on all trajectories"
-            yield on(suite, f"table2-{size}", about, image_size=size, held_out=False, batch_size=batch)
+            recipe = on(suite, f"table2-{size}", about, image_size=size, held_out=False, batch_size=batch)
+            yield recipe, _rate(printed.rates[SUITES[suite]])
     rows: tuple[tuple[str, dict[str, object]], ...] = (
         ("action model", {"mixture": "action", "chunk": 1}),
         ("action and world model", {"chunk": 1}),
@@ -211,34 +213,48 @@ def _paper_recipes() -> Iterator[Recipe]:
         ("chunks under the proposed mask, and world model", {}),
     )
     for number, (about, changes) in enumerate(rows, start=1):
+        rates = published_results.ACTION_ABLATION[number - 1]
         for suite in SUITES:
-            yield on(suite, f"table3-row{number}", f"Table 3, row {number}: {about}", **changes)
-    for suite in SUITES:
-        yield on(suite, "table4-world", "Table 4: world model alone", mixture="world")
-        yield on(suite, "table4-action-world", "Table 4: action and world model")
+            recipe = on(suite, f"table3-row{number}", f"Table 3, row {number}: {about}", **changes)
+            yield recipe, _rate(rates[SUITES[suite]])
+    both, world = (_decibels(row) for row in published_results.IMAGINATION)
+    for suite in SUITES:  # printed once, for all
+        yield on(suite, "table4-world", "Table 4: world model alone", mixture="world"), world
+        yield on(suite, "table4-action-world", "Table 4: action and world model"), both
     # Which suite Table 5 and Figure 6 are of is not said: the rates of Table 5 are those of Goal in Table 3.
     for frames in (1, 2, 4):
         for chunk, about in ((1, "without chunks"), (5, "with chunks")):
             name = f"table5-{frames}-frames-{'chunks' if chunk > 1 else 'single'}"
             source = f"Table 5: {frames} frames in the prompt, {about}"
-            yield on("goal", name, source, history=frames, mixture="action", chunk=chunk)
+            recipe = on("goal", name, source, history=frames, mixture="action", chunk=chunk)
+            yield recipe, _rate(published_results.HISTORY_ABLATION[frames, chunk > 1])
     for suite in SUITES:
         single: dict[str, object] = {"mixture": "action", "chunk": 1}
-        yield on(suite, "table6-plain", "Table 6: without world model pretraining", **single)
+        plain, pretrained = (published_results.PRETRAINING_ABLATION[done][SUITES[suite]] for done in (False, True))
+        yield on(suite, "table6-plain", "Table 6: without world model pretraining", **single), _rate(plain)
         source = "Table 6: from the weights of table4-world"
-        yield on(suite, "table6-pretrained", source, initial="checkpoint", **single)
+        recipe = on(suite, "table6-pretrained", source, initial="checkpoint", **single)
+        yield recipe, _rate(pretrained)
     for chunk in (1, 2, 4, 5, 6, 8, 10):  # ours: the text names no lengths
         for mask in ("causal", "action_isolated"):
             name, source = (
                 f"figure6-k{chunk}-{mask.replace('_', '-')}",
                 f"Figure 6: {chunk} actions a chunk, {mask}",
             )
-            yield on("goal", name, source, mixture="action", chunk=chunk, attention=mask)
+            yield on("goal", name, source, mixture="action", chunk=chunk, attention=mask), ""
     for suite in ("goal", "object", "spatial"):
-        yield on(suite, "figure7-action", "Figure 7: action model", mixture="action")
-        yield on(suite, "figure7-world", "Figure 7: action and world model")
+        yield on(suite, "figure7-action", "Figure 7: action model", mixture="action"), ""
+        yield on(suite, "figure7-world", "Figure 7: action and world model"), ""
         video: dict[str, object] = {"mixture": "action+video", "video_frames": 5}  # as many as actions: K
-        yield on(suite, "figure7-video", "Figure 7: action model and video prediction", **video)
+        yield on(suite, "figure7-video", "Figure 7: action model and video prediction", **video), ""
+
+
+def _rate(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
+
+
+def _decibels(row: published_results.PublishedImagination) -> str:
+    return f"{row.metrics[10]['psnr']:.2f}, {row.metrics[50]['psnr']:.2f} dB"
 
 
 NANO = Recipe(
@@ -281,7 +297,14 @@ FINE_TUNE = Recipe(
 )
 """The paper's settings, from weights that act already."""
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (NANO, SMOKE, FINE_TUNE, *_paper_recipes())}
+_PAPER = tuple(_paper_recipes())
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (NANO, SMOKE, FINE_TUNE, *(recipe for recipe, _ in _PAPER))
+}
+
+PRINTED: dict[str, str] = {recipe.name: printed for recipe, printed in _PAPER if printed}
+"""By name of a recipe what the paper printed: success, or PSNR after 10 and 50 frames. Figures print no numbers."""
 
 TOKENIZER_RECIPES: dict[str, TokenizerRecipe] = {
     recipe.name: recipe
@@ -330,6 +353,7 @@ def changed_fields(recipe: Recipe) -> dict[str, object]:
 __all__ = [
     "FINE_TUNE",
     "NANO",
+    "PRINTED",
     "RECIPES",
     "SMOKE",
     "SUITES",
