@@ -304,7 +304,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 PRINTED: dict[str, str] = {recipe.name: printed for recipe, printed in _PAPER if printed}
-"""By name of a recipe what the paper printed: success, or PSNR after 10 and 50 frames. Figures print no numbers."""
+"""By name of a recipe what the paper printed: success, or PSNR after 10 and 50 frames. Figures have no numbers."""
 
 TOKENIZER_RECIPES: dict[str, TokenizerRecipe] = {
     recipe.name: recipe
