@@ -268,7 +268,8 @@ def test_guesses_from_the_prompt_change_no_ids(published, model):
         assert output[0, prompt.shape[1] :].tolist() == reference["generated"]
 
 
-@pytest.mark.parametrize("implementation", WITH_COMPILING, indirect=True)
+# On a CPU the compiled kernel of flex_attention takes no fp64.
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_uncompiled"], indirect=True)
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 8}, {"use_cache": False}])
 def test_guessed_images_are_not_seen_by_what_comes_before_them(small, implementation, options):
     """An action after the last image is kept apart from others, and whether an image follows is a guess."""

@@ -229,3 +229,5 @@ if __name__ == "__main__":
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
             shard_on_cpu()
         train(place, **json.loads(rest[0]))
+        if torch.distributed.is_initialized():  # its threads can abort an interpreter that ends with them
+            torch.distributed.destroy_process_group()

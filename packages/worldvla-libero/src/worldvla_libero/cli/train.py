@@ -127,6 +127,7 @@ def _train(
         limit=limit,
         options=run,
     )
+    _leave_group()
     _print_numbers(console, f"{record['steps']:,} of {record['of_steps']:,} steps", record["last"])
     console.print(f"wrote {folder}", highlight=False, markup=False)
     return EXIT_OK
@@ -257,9 +258,18 @@ def _train_tokenizer(
             fresh=init is None,
             on_progress=show,
         )
+    _leave_group()
     _print_numbers(console, f"{record['steps']:,} of {training.steps:,} steps", record["held_out"])
     console.print(f"wrote {out}", highlight=False, markup=False)
     return EXIT_OK
+
+
+def _leave_group() -> None:
+    """Leave the other processes in order: threads of the group can abort an interpreter that ends with them."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _recipe_name(arguments: Sequence[str]) -> str:
