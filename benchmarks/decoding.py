@@ -12,7 +12,8 @@ about 100 million parameters in fp32 on a CPU, of 7 billion in bf16 on a GPU; vo
 tokens: words and two frames of 256 px, or one frame and an action. All are held to the grammar, since random
 weights would leave it. They run in turn, `--runs` times; medians are reported, and every run's ids are compared.
 "After the first pass" begins with the second one, the mask made for it included: what the prompt costs, the logits
-of all of it in the published way, counts on neither side.
+of all of it in the published way, counts on neither side. Prompts of chunks are those of one episode: the words
+stay, and `ours` reads them once.
 
 Then several prompts at once; the frames that come with the package under the default model; the image tokenizer
 of the paper; how often bf16 chooses another id than fp32, and by how little; and, beside what was measured, the
@@ -248,10 +249,13 @@ def image(rng: random.Random, side: int = 16) -> list[int]:
     return sequence.image_block([[rng.randrange(8_192) for _ in range(side)] for _ in range(side)], V)
 
 
-def chunk_prompt(rng: random.Random, length: int = PROMPT) -> list[int]:
-    images = [*image(rng), *image(rng)]
-    words = [rng.randrange(16_388, 65_000) for _ in range(length - 2 - len(images))]
-    return [0, *words, *images, V.eot]
+def chunk_words(rng: random.Random, length: int = PROMPT) -> list[int]:
+    """What stands before the two frames of a prompt of a length."""
+    return [0, *(rng.randrange(16_388, 65_000) for _ in range(length - 2 - 2 * len(image(rng))))]
+
+
+def chunk_prompt(rng: random.Random, words: Ids | None = None) -> list[int]:
+    return [*(words or chunk_words(rng)), *image(rng), *image(rng), V.eot]
 
 
 def frame_prompt(rng: random.Random) -> list[int]:
@@ -335,7 +339,8 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def chunks(model: WorldVLAForConditionalGeneration, runs: int, *, compiled: bool) -> None:
-    rng, clock = random.Random(0), Clock(model)
+    rng, clock, workspace = random.Random(0), Clock(model), Workspace(model)
+    words = chunk_words(rng)
     for actions, needed in NEEDED.items():
         slots = [*list(GRAMMAR.slots) * actions, [GRAMMAR.end_of_turn]]
         found = compare(
@@ -343,10 +348,12 @@ def chunks(model: WorldVLAForConditionalGeneration, runs: int, *, compiled: bool
             {
                 "published": lambda prompt, slots=slots: published(model, prompt, slots, clock.pass_begins),
                 "careful": lambda prompt, slots=slots: careful(model, prompt, slots),
-                "ours": lambda prompt, k=actions: decode_chunks(model, [prompt], GRAMMAR, num_actions=k)[0],
+                "ours": lambda prompt, k=actions: decode_chunks(
+                    model, [prompt], GRAMMAR, num_actions=k, workspace=workspace
+                )[0],
                 **peers(model, slots, chunk_prompt(random.Random(6)), compiled=compiled),
             },
-            [chunk_prompt(rng) for _ in range(runs)],
+            [chunk_prompt(rng, words) for _ in range(runs)],
         )
         print(f"\nChunk of {actions} actions, prompt of {PROMPT} tokens; {told_ids(found, runs)}")
         ours, base = found["ours"], found["published"]
@@ -430,7 +437,9 @@ def batches(model: WorldVLAForConditionalGeneration, runs: int) -> None:
         for actions in NEEDED:
             seconds = []
             for _ in range(runs + 3):
-                prompts = [chunk_prompt(rng, PROMPT + rng.randrange(-15, 16)) for _ in range(batch)]
+                prompts = [
+                    chunk_prompt(rng, chunk_words(rng, PROMPT + rng.randrange(-15, 16))) for _ in range(batch)
+                ]
                 wait(model.device)
                 began = time.perf_counter()
                 answers = decode_chunks(model, prompts, GRAMMAR, num_actions=actions, workspace=workspace)

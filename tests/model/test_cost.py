@@ -1,12 +1,17 @@
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from worldvla_model import WorldVLAConfig, WorldVLAForConditionalGeneration
 from worldvla_model.cost import (
     HARDWARE,
+    LAUNCH,
+    TYPICAL_CPU,
     Hardware,
     body_parameters,
     chunk_cost,
     frame_cost,
+    free_tokens,
     known_hardware,
     pass_cost,
 )
@@ -41,6 +46,21 @@ def test_a_chunk_costs_seven_or_eight_passes_whatever_its_length():
     assert slow.seconds(HARDWARE["H100"]) > 8 * fast.seconds(HARDWARE["H100"])
 
 
+def test_the_last_layer_computes_keys_and_values_only_of_tokens_without_logits(small_config):
+    one, width = WorldVLAConfig(num_hidden_layers=1), 4096
+    whole, last = (pass_cost(one, new=100, logits=logits, among=1) for logits in (100, 1))
+    per_token = 2 * (2 * width**2 + 3 * width * 11_008) + 4 * width * 100  # query, output, MLP; attention
+    assert whole.flops - last.flops == 99 * (per_token + 2 * width)
+    # As `torch` counts: norms and rotations are left out by both, and grouped keys are shared.
+    model = WorldVLAForConditionalGeneration(small_config).eval()
+    ids = torch.arange(1, 41)[None]
+    mask = torch.zeros(1, 1, 40, 40)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model(ids, attention_mask=mask, states_to_keep=torch.tensor([[39]]))
+    counted = pass_cost(small_config, new=40, logits=1, among=1).flops - 2 * small_config.hidden_size
+    assert counted == counter.get_total_flops()
+
+
 def test_a_frame_costs_a_pass_a_code_and_less_with_a_draft():
     config = WorldVLAConfig()
     frame = {"prompt": 320, "rows": 16, "columns": 16}
@@ -65,3 +85,13 @@ def test_the_slower_of_two_bounds_a_pass():
 )
 def test_devices_are_known_by_name(name, known):
     assert known_hardware(name) == (HARDWARE[known] if known else None)
+
+
+def test_more_tokens_than_the_free_ones_make_a_pass_twice_as_slow(small_config):
+    for config in (WorldVLAConfig(), small_config):
+        free = free_tokens(config, TYPICAL_CPU, bytes_per_value=4)
+        multiplied = 2 * body_parameters(config) * free / TYPICAL_CPU.flops
+        read = 4 * body_parameters(config) / TYPICAL_CPU.bandwidth
+        assert multiplied == pytest.approx(read + config.num_hidden_layers * LAUNCH)
+    assert free_tokens(small_config, TYPICAL_CPU) > free_tokens(WorldVLAConfig(), TYPICAL_CPU)
+    assert free_tokens(WorldVLAConfig(), HARDWARE["H100"]) > free_tokens(WorldVLAConfig(), TYPICAL_CPU)

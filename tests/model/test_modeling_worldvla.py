@@ -431,6 +431,26 @@ def test_device_map_and_half_precision(published):
     assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_uncompiled"], indirect=True)
+@pytest.mark.parametrize("attention", ["causal", "action_isolated"])
+def test_states_that_are_kept_are_those_of_all(published, batch, implementation, attention):
+    model = WorldVLAModel.from_pretrained(published.checkpoint, attn_implementation=implementation)
+    (ids, lengths), cached, thinned = batch, DynamicCache(), DynamicCache()
+    given = {"attention_mask": torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]}
+    if attention == "causal":
+        given = {}  # sdpa has a kernel for it, and no mask then
+    columns = torch.tensor([[5, 0, 17], [3, 3, 40], [1, 2, 90]])
+    with torch.no_grad():
+        whole = model(ids, attention=attention, past_key_values=cached, **given).last_hidden_state
+        kept = model(
+            ids, attention=attention, past_key_values=thinned, states_to_keep=columns, **given
+        ).last_hidden_state
+    torch.testing.assert_close(kept, whole[torch.arange(3)[:, None], columns], rtol=0, atol=1e-5)
+    for one, other in zip(cached.layers, thinned.layers, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_too_many_positions(small, implementation):
     small.set_attn_implementation(implementation)

@@ -102,10 +102,8 @@ def slot_model(slots, start, leaves_at=None, says=None, seed=0):
     starts = torch.tensor(start).reshape(-1, 1)
 
     def at_places(module, args, inputs, output):
-        states, places = output.last_hidden_state, inputs.get("position_ids")
-        if places is None:
-            total = inputs["past_key_values"].get_seq_length()
-            places = torch.arange(total - states.shape[1], total)[None]
+        states = output.last_hidden_state
+        places = places_of(states, **inputs)
         rank = places + 1 - starts  # of the id that is said there
         for row, ranks in enumerate(rank.expand(len(states), -1).tolist()):
             for column, place in enumerate(ranks):
@@ -121,6 +119,14 @@ def slot_model(slots, start, leaves_at=None, says=None, seed=0):
 
     model.model.register_forward_hook(at_places, with_kwargs=True)
     return model
+
+
+def places_of(states, *, past_key_values, position_ids=None, states_to_keep=None, **inputs):
+    """(B or 1, m) places in their sequences of the tokens whose states a pass has returned."""
+    if position_ids is None:
+        total = past_key_values.get_seq_length()
+        return torch.arange(total - states.shape[1], total)[None]
+    return position_ids if states_to_keep is None else position_ids.gather(1, states_to_keep)
 
 
 def scripted_model(vocab_size, positions):
@@ -144,10 +150,8 @@ def scripted_model(vocab_size, positions):
         head.copy_(torch.nn.functional.normalize(torch.randn_like(head), dim=1))  # each id is likest to itself
 
     def says(module, args, inputs, output):
-        states, places = output.last_hidden_state, inputs.get("position_ids")
-        if places is None:
-            total = inputs["past_key_values"].get_seq_length()
-            places = torch.arange(total - states.shape[1], total)[None]
+        states = output.last_hidden_state
+        places = places_of(states, **inputs)
         rank = (places + 1 - told["start"]).clamp(min=0) % len(told["script"])
         states[:] = model.lm_head.weight[told["script"][rank]]
         return output
@@ -177,10 +181,8 @@ def telling_model(seed, told, end):
         model.lm_head.weight.copy_(head)
 
     def says(module, args, inputs, output):
-        states, places = output.last_hidden_state, inputs.get("position_ids")
-        if places is None:
-            total = inputs["past_key_values"].get_seq_length()
-            places = torch.arange(total - states.shape[1], total)[None]
+        states = output.last_hidden_state
+        places = places_of(states, **inputs)
         for place, token in {**told, end: V.eot}.items():
             states[places.expand(len(states), -1) == place - 1] = head[token]
         return output

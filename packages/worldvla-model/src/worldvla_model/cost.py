@@ -41,6 +41,12 @@ HARDWARE = {
 }
 """GPUs by a part of their name, in bf16; source: the makers' data sheets."""
 
+TYPICAL_CPU = Hardware(80e9, 15e9)
+"""Two cores in fp32, as `benchmarks/decoding.py` measured them for few tokens at a time."""
+
+LAUNCH = 1e-3
+"""Seconds in which a layer's operations are started one by one, the same for any number of tokens; on a CPU."""
+
 
 @dataclass(frozen=True)
 class PassCost:
@@ -104,6 +110,19 @@ def body_parameters(config: WorldVLAConfig) -> int:
     return config.num_hidden_layers * (attention + mlp)
 
 
+def free_tokens(config: WorldVLAConfig, hardware: Hardware, *, bytes_per_value: int = 2) -> float:
+    """Tokens that a pass multiplies in the time of all else that it does; with more it takes over twice as long.
+
+    Args:
+        config: of the model.
+        hardware: what the device can do.
+        bytes_per_value: of weights.
+    """
+    body = body_parameters(config)
+    started = config.num_hidden_layers * LAUNCH
+    return (bytes_per_value * body / hardware.bandwidth + started) * hardware.flops / (2 * body)
+
+
 def training_flops(config: WorldVLAConfig, tokens: float, squares: float) -> float:
     """Of forward and backward pass through the body; the head is left out.
 
@@ -139,10 +158,13 @@ def pass_cost(
     body, head = body_parameters(config), (among or config.vocab_size) * config.hidden_size
     width = config.hidden_size // config.num_attention_heads
     kv_heads = config.num_key_value_heads or config.num_attention_heads
-    attention = 4 * config.num_hidden_layers * config.hidden_size * new * (cached + new)
+    pairs = 4 * config.hidden_size * (cached + new)  # of a token with all that it may see, in a layer
+    # In the last layer a token without logits leaves nothing but its key and value.
+    left_out = 2 * (body // config.num_hidden_layers - 2 * config.hidden_size * kv_heads * width) + pairs
+    layers = 2 * body * new + config.num_hidden_layers * pairs * new - left_out * (new - logits)
     values = 2 * config.num_hidden_layers * kv_heads * width * (cached + new)
     return PassCost(
-        flops=batch * (2 * body * new + attention + 2 * head * logits),
+        flops=batch * (layers + 2 * head * logits),
         bytes=bytes_per_value * (body + (head if logits else 0) + batch * values),
     )
 
@@ -223,12 +245,15 @@ def frame_cost(
 
 __all__ = [
     "HARDWARE",
+    "LAUNCH",
+    "TYPICAL_CPU",
     "Cost",
     "Hardware",
     "PassCost",
     "body_parameters",
     "chunk_cost",
     "frame_cost",
+    "free_tokens",
     "known_hardware",
     "pass_cost",
     "training_flops",

@@ -22,12 +22,15 @@ from transformers import BitsAndBytesConfig, GenerationConfig, GenerationMixin, 
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.chameleon.modeling_chameleon import (
     ChameleonAttention,
     ChameleonLayerNorm,
     ChameleonMLP,
     ChameleonRMSNorm,
     ChameleonRotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
 )
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -66,6 +69,49 @@ class WorldVLAAttention(ChameleonAttention):
             self.q_norm = ChameleonLayerNorm((1, self.head_dim))
             self.k_norm = ChameleonLayerNorm((1, self.head_dim))
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | BlockMask | None = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Cache | None = None,
+        kept: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; all tokens leave keys and values, those `kept` ask.
+
+        Args:
+            hidden_states: (B, T, H).
+            attention_mask: of the tokens that ask.
+            position_embeddings: cosine and sine, (B, T, D) each.
+            past_key_values: keys and values of earlier tokens.
+            kept: (B, m) columns of the tokens that ask; None for all.
+            kwargs: of transformers' attention functions.
+
+        Returns:
+            (B, m, H), and weights where the attention function gives them.
+        """
+        asking, turns = hidden_states, position_embeddings
+        if kept is not None:
+            asking = _columns(hidden_states, kept)
+            turns = (_columns(turns[0], kept), _columns(turns[1], kept))
+        query = _turned(self.q_norm(self._heads(self.q_proj(asking))), *turns)
+        key = _turned(self.k_norm(self._heads(self.k_proj(hidden_states))), *position_embeddings)
+        value = self._heads(self.v_proj(hidden_states)).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(attended.flatten(2).contiguous()), weights
+
+    def _heads(self, states: Tensor) -> Tensor:
+        """(B, T, heads · D) → (B, T, heads, D)."""
+        return states.unflatten(-1, (-1, self.head_dim))
+
 
 class WorldVLADecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention and gated MLP, each added to the residual stream through dropout."""
@@ -78,9 +124,11 @@ class WorldVLADecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
-        """(B, T, H) → (B, T, H)."""
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **attention_inputs)
+    def forward(self, hidden_states: Tensor, *, kept: Tensor | None = None, **attention_inputs: Any) -> Tensor:
+        """(B, T, H) → (B, T, H), or of the columns `kept` (B, m) alone → (B, m, H)."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), kept=kept, **attention_inputs)
+        if kept is not None:
+            hidden_states = _columns(hidden_states, kept)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
@@ -196,6 +244,7 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
         attention: str | masks.Strategy | None = None,
         context_ids: Tensor | None = None,
         is_world: Tensor | None = None,
+        states_to_keep: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -212,10 +261,13 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
             context_ids: (B, T) ids of cached and new tokens. Needed where the mask depends on blocks among
                 the cached ones; `generate` passes it by itself.
             is_world: (B,) bool, True for world and video samples, which are causal whatever the strategy.
+            states_to_keep: (B, m) columns of the new tokens whose states are wanted, None for all. Of the others
+                the last layer computes keys and values only, where `attention_mask` is no `BlockMask` nor missing.
             kwargs: `output_hidden_states`, `output_attentions` and other arguments of transformers' attention.
 
         Returns:
-            `last_hidden_state` (B, Q, H) and, if asked, `past_key_values`, `hidden_states`, `attentions`.
+            `last_hidden_state` (B, Q, H), or (B, m, H) for `states_to_keep`, and, if asked, `past_key_values`,
+            `hidden_states`, `attentions`.
 
         Raises:
             SequenceLengthError: more positions than `config.max_position_embeddings`.
@@ -257,9 +309,13 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
+        kept = None
         for layer in self.layers:
+            if layer is self.layers[-1] and states_to_keep is not None and isinstance(attention_mask, Tensor):
+                kept, attention_mask = states_to_keep, _rows(attention_mask, states_to_keep)
             hidden_states = layer(
                 hidden_states,
+                kept=kept,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -267,6 +323,8 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+        if states_to_keep is not None and kept is None:
+            hidden_states = _columns(hidden_states, states_to_keep)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
@@ -521,6 +579,22 @@ def as_attention_mask(allowed: Tensor, implementation: str, dtype: torch.dtype) 
         return allowed
     additive = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return additive.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys by their positions: (B, T, heads, D) → (B, heads, T, D); cos and sin are (B, T, D)."""
+    states = states.transpose(1, 2)
+    return states * cos[:, None] + rotate_half(states) * sin[:, None]
+
+
+def _columns(states: Tensor, kept: Tensor) -> Tensor:
+    """(B or 1, T, D) states, of the columns (B, m) → (B, m, D)."""
+    return states.expand(len(kept), -1, -1).gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _rows(mask: Tensor, kept: Tensor) -> Tensor:
+    """The rows (B, m) of a mask (B or 1, 1, Q, T) → (B, 1, m, T)."""
+    return mask.expand(len(kept), -1, -1, -1).gather(2, kept[:, None, :, None].expand(-1, -1, -1, mask.shape[-1]))
 
 
 def _count_positions(padding: Tensor | None, past: int, queries: int, device: torch.device) -> Tensor:

@@ -237,10 +237,12 @@ class _Blocks(PlacedSequences):
         states = self.feed(
             torch.cat([tokens, begin], dim=1),
             torch.cat([places, self.begins], dim=1),
-            torch.cat([last, after_begins], dim=1),
+            after_begins if constrained else torch.cat([last, after_begins], dim=1),
+            upto=max(self.lengths) + self.size * (self.actions - 1) + 1,
         )
-        first = None if constrained else self.choose(states[:, 0], sampling)
-        states = states[:, 1:]
+        first = None
+        if not constrained:
+            first, states = self.choose(states[:, 0], sampling), states[:, 1:]
         values: list[Tensor] = []
         for place, slot in enumerate(self.grammar.slots[1:-1], start=1):
             if values:

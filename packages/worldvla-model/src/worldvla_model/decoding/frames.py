@@ -14,13 +14,14 @@ shares one cache.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 import torch
 
+from worldvla_model.cost import HARDWARE, TYPICAL_CPU, free_tokens
 from worldvla_model.decoding.places import EMPTY, PlacedSequences, check_prompts
 from worldvla_model.decoding.sampling import GREEDY, Sampling, check_slots
 from worldvla_model.decoding.sequential import continue_from, is_balanced
@@ -34,13 +35,12 @@ Draft: TypeAlias = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
 WIDEST = 64
 """Drafted tokens in one pass at most."""
 
-_HOPE = 0.1  # a window ends where the chance that all of it holds falls below this
 _MEMORY = 0.95  # how much of what was seen of the draft stays after one more token of it
-_USELESS = 0.15  # below this agreement the draft is left alone …
-_PROBE = 12  # … but for a token in every so many passes
+_PROBE = 12  # a draft that does not pay is tried in every so many passes, with one token
 _DOUBTED = 0.7  # below this agreement the model's own guesses are tried instead …
 _SEEN = 6  # … once as many tokens of the draft are remembered …
 _LOST = -0.25  # … and until they have been wrong more often than the draft
+_WON = 0.5  # above that agreement they are tried where they have been right so much more often
 
 
 def decode_frames(
@@ -167,8 +167,11 @@ def _decode(
     layout = [slot[0] for slot in slots]
     ahead = _ahead(slots, exact=end_of_turn is not None)
     placed = PlacedSequences(model, prompts, layout, ahead=ahead, attention=attention, workspace=workspace)
+    hardware = TYPICAL_CPU if placed.device.type == "cpu" else HARDWARE["H100"]
+    free = free_tokens(model.config, hardware, bytes_per_value=model.dtype.itemsize) / len(prompts)
     rows = [
-        _Row(prompt, known, slots, end_of_turn, draft) for prompt, known in zip(prompts, placed.known, strict=True)
+        _Row(prompt, known, slots, end_of_turn, draft, free)
+        for prompt, known in zip(prompts, placed.known, strict=True)
     ]
     while not all(row.finished for row in rows):
         plans = [row.plan() for row in rows]
@@ -235,6 +238,7 @@ class _Row:
         slots: Sequence[Sequence[int]],
         end_of_turn: int | None,
         draft: Draft | None,
+        free: float,
     ) -> None:
         self.prompt, self.draft, self.end_of_turn = list(prompt), draft, end_of_turn
         self.slots = [slot if isinstance(slot, range) else tuple(slot) for slot in slots]
@@ -242,6 +246,7 @@ class _Row:
         self.decided: list[int] = []
         self.finished = not slots
         self._fed = known  # tokens in the cache, from the beginning of the prompt
+        self._free = free  # tokens that take as long as all else of a pass
         self._right, self._drafted, self._passes = 0.8, 1.0, 0
         self._said: dict[int, int] = {}  # what the model chose after a wrong guess, by place
         self._rivals: dict[int, tuple[int, int]] = {}  # that and what the draft says, where they differ
@@ -334,16 +339,14 @@ class _Row:
             if done <= place < done + len(draft) and said in self.slots[place] and said != draft[place - done]
         }
         doubted = self._drafted > _SEEN and self._right / self._drafted < _DOUBTED
-        if doubted and self._lead > _LOST:
+        if self._lead > (_LOST if doubted else _WON):
             for place, (said, _) in self._rivals.items():
                 draft[place - done] = said
         return draft
 
     def _window(self) -> int:
-        """Drafted tokens worth a try."""
+        """Drafted tokens worth a try: so many that the time of a pass decides the most."""
         agreement = self._right / self._drafted
-        if agreement < _USELESS:
-            return int(self._passes % _PROBE == 0)
-        if agreement > 0.99:
-            return WIDEST
-        return min(WIDEST, math.ceil(math.log(_HOPE) / math.log(agreement)))
+        decided = list(accumulate(agreement**ahead for ahead in range(WIDEST + 1)))  # on average, by width
+        best = max(range(WIDEST + 1), key=lambda width: decided[width] / (self._free + width))
+        return best or int(self._passes % _PROBE == 0)

@@ -174,12 +174,16 @@ class PlacedSequences:
             position_ids=at,
             past_key_values=cache,
             use_cache=True,
-        )[: len(self)].to(self.device)  # (B, n, H)
+            # Compiled passes would have one more shape.
+            states_to_keep=None if compiled else wanted,
+        )[: len(self)].to(self.device)  # (B, n, H), or (B, m, H)
         self.passes += 1
         if prefill:
             self.workspace.keep(cache, self._prompts, self._attention)
         if wanted is None:
             return states[:, :new]
+        if not compiled:
+            return states
         return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
 
     @torch.inference_mode()
