@@ -33,6 +33,7 @@ from worldvla_model import (
     WorldVLAModel,
     masks,
 )
+from worldvla_model.modeling_worldvla import as_attention_mask, cut_rows
 from worldvla_tokenizers import Vocabulary, sequence
 
 CHAMELEON_READS_ITS_OWN_CONFIG = pytest.mark.skipif(
@@ -449,6 +450,27 @@ def test_states_that_are_kept_are_those_of_all(published, batch, implementation,
     for one, other in zip(cached.layers, thinned.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_masks_in_blocks_of_rows_give_what_they_give_whole(small, implementation):
+    small = small.double()
+    small.set_attn_implementation(implementation)
+    V, rng = Vocabulary.published(), np.random.default_rng(0)
+    action = [V.boa, *([V.action_range[3]] * 7), V.eoa]
+    image = sequence.image_block(rng.integers(0, 8_192, (8, 12)), V)
+    prompt = [*rng.integers(1, 4_000, 300).tolist(), *image, *action]
+    ids = torch.tensor([[*prompt, *action], [*prompt[:100], *action, *prompt[100:]]])
+    allowed = masks.dense("action_isolated", ids, V)
+    mask = as_attention_mask(allowed[:, None], implementation, torch.float64)
+    blocks = cut_rows(allowed)
+    assert [seen for _, seen in blocks] == [256, ids.shape[1]]
+    with torch.no_grad():
+        whole, cut = (
+            small.model(ids, attention_mask=mask, row_blocks=b).last_hidden_state for b in (None, blocks)
+        )
+    torch.testing.assert_close(cut, whole, rtol=0, atol=1e-12)
+    assert cut_rows(allowed[:, :256]) is None  # nothing to gain
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

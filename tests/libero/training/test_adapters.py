@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from worldvla_libero.training.adapters import LAYERS, lora_config, merged, save_adapter, with_adapters
 from worldvla_model import WorldVLAForConditionalGeneration
+from worldvla_model.cost import adapter_parameters
 
 IDS = torch.tensor([[0, 16_400, 8_197, 8_805, 8_805, 5, 6, 8_803, 7, 8, 8_803, 8_196, 8_710, 10_004, 10_010]])
 
@@ -35,6 +36,7 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained(published):
     names = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert len(names) == 2 * len(LAYERS) * model.config.num_hidden_layers
     assert all("lora_" in name for name in names)
+    assert model.get_nb_trainable_parameters()[0] == adapter_parameters(model.config, rank=4)
 
 
 def test_adapters_are_fp32_beside_weights_in_bf16(published):

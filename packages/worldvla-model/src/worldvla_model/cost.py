@@ -110,6 +110,20 @@ def body_parameters(config: WorldVLAConfig) -> int:
     return config.num_hidden_layers * (attention + mlp)
 
 
+def adapter_parameters(config: WorldVLAConfig, rank: int) -> int:
+    """Weights of adapters (LoRA) of a rank beside all linear layers of attention and MLP.
+
+    Args:
+        config: of the model.
+        rank: width of the two matrices of each.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = hidden // config.num_attention_heads
+    kv_width = (config.num_key_value_heads or config.num_attention_heads) * head
+    ends = 2 * (hidden + hidden) + 2 * (hidden + kv_width) + 3 * (hidden + inner)  # widths in and out
+    return config.num_hidden_layers * rank * ends
+
+
 def free_tokens(config: WorldVLAConfig, hardware: Hardware, *, bytes_per_value: int = 2) -> float:
     """Tokens that a pass multiplies in the time of all else that it does; with more it takes over twice as long.
 
@@ -250,6 +264,7 @@ __all__ = [
     "Cost",
     "Hardware",
     "PassCost",
+    "adapter_parameters",
     "body_parameters",
     "chunk_cost",
     "frame_cost",

@@ -9,10 +9,11 @@ shared over heads, and what each sublayer adds to the residual stream passes thr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -40,6 +41,12 @@ from worldvla_model import masks
 from worldvla_model.checkpoint_files import CheckpointError, check_tensors, damaged_weights, replaced_checkpoint
 from worldvla_model.configuration_worldvla import WorldVLAConfig
 from worldvla_model.loss import SupervisedLosses, chunked_losses, combine, means, supervised_losses
+
+RowBlock: TypeAlias = tuple[slice, int]
+"""Rows of a mask, and how many of the first keys they may see."""
+
+BLOCK_ROWS = 256
+"""Rows in a block: with fewer PyTorch's kernel for CPUs is slower."""
 
 NEVER_WRITTEN = 2
 """`</s>`, which the generation settings of published checkpoints wait for in vain."""
@@ -77,6 +84,7 @@ class WorldVLAAttention(ChameleonAttention):
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Cache | None = None,
         kept: Tensor | None = None,
+        row_blocks: Sequence[RowBlock] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; all tokens leave keys and values, those `kept` ask.
@@ -87,6 +95,7 @@ class WorldVLAAttention(ChameleonAttention):
             position_embeddings: cosine and sine, (B, T, D) each.
             past_key_values: keys and values of earlier tokens.
             kept: (B, m) columns of the tokens that ask; None for all.
+            row_blocks: of `attention_mask`; None for one.
             kwargs: of transformers' attention functions.
 
         Returns:
@@ -102,10 +111,17 @@ class WorldVLAAttention(ChameleonAttention):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        attended, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        attend = partial(
+            attend, dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **kwargs
         )
+        if row_blocks is None or not isinstance(attention_mask, Tensor):
+            attended, weights = attend(self, query, key, value, attention_mask)
+        else:
+            parts = []
+            for rows, seen in row_blocks:
+                inputs = query[:, :, rows], key[:, :, :seen], value[:, :, :seen]
+                parts.append(attend(self, *inputs, attention_mask[:, :, rows, :seen])[0])
+            attended, weights = torch.cat(parts, dim=1), None
         return self.o_proj(attended.flatten(2).contiguous()), weights
 
     def _heads(self, states: Tensor) -> Tensor:
@@ -245,6 +261,7 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
         context_ids: Tensor | None = None,
         is_world: Tensor | None = None,
         states_to_keep: Tensor | None = None,
+        row_blocks: Sequence[RowBlock] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -263,6 +280,7 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
             is_world: (B,) bool, True for world and video samples, which are causal whatever the strategy.
             states_to_keep: (B, m) columns of the new tokens whose states are wanted, None for all. Of the others
                 the last layer computes keys and values only, where `attention_mask` is no `BlockMask` nor missing.
+            row_blocks: of an `attention_mask` that is a tensor, from `cut_rows`: saves time on a CPU.
             kwargs: `output_hidden_states`, `output_attentions` and other arguments of transformers' attention.
 
         Returns:
@@ -313,9 +331,11 @@ class WorldVLAModel(WorldVLAPreTrainedModel):
         for layer in self.layers:
             if layer is self.layers[-1] and states_to_keep is not None and isinstance(attention_mask, Tensor):
                 kept, attention_mask = states_to_keep, _rows(attention_mask, states_to_keep)
+                row_blocks = None
             hidden_states = layer(
                 hidden_states,
                 kept=kept,
+                row_blocks=row_blocks,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -579,6 +599,17 @@ def as_attention_mask(allowed: Tensor, implementation: str, dtype: torch.dtype) 
         return allowed
     additive = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return additive.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def cut_rows(allowed: Tensor) -> list[RowBlock] | None:
+    """Cut a mask (B, Q, T) into rows, each with the number of first keys beyond which none of them sees any.
+
+    A CPU's attention computes what a mask hides, too. None where there are too few rows to gain by it.
+    """
+    if allowed.device.type != "cpu" or allowed.shape[1] <= BLOCK_ROWS:
+        return None
+    cuts = [slice(start, start + BLOCK_ROWS) for start in range(0, allowed.shape[1], BLOCK_ROWS)]
+    return [(rows, int(allowed[:, rows].any(dim=1).any(dim=0).nonzero().max()) + 1) for rows in cuts]
 
 
 def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from worldvla_libero.cli.bars import counting_bars
 from worldvla_libero.cli.model import Flat
 
 if TYPE_CHECKING:
@@ -306,24 +307,7 @@ def _progress(
     console: Console, label: str, total: int, *, count_dropped: bool = True
 ) -> Iterator[Callable[[str, Path | Dropped], None]]:
     """A bar that counts episodes as they are done, and how many of them were dropped."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[dropped]}", style="yellow"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
+    with counting_bars(console, "dropped") as bars:
         bar = bars.add_task(label, total=total, dropped="")
         dropped = 0
 

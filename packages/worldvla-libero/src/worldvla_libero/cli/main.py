@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from worldvla_libero.cli.bars import phase_bars
 from worldvla_libero.cli.data import collect, prepare, replay
 from worldvla_libero.cli.model import Flat, ModelOptions, load_model
 from worldvla_libero.cli.nano import make_nano
@@ -44,7 +45,6 @@ def demo(
         steps: Control steps to drive, at 20 a second; fewer if the goal is reached.
         model: Which model, and how to load it.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.text import Text
 
     from worldvla_libero.demo import FIGURE_FILE, NUMBERS_FILE, VIDEO_FILE, run_demo
@@ -52,23 +52,10 @@ def demo(
 
     chosen = load_suite(suite).task(task)
     console = _console()
-    with Progress(
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    ) as bars:
-        loading = bars.add_task("loading", total=1)
+    with phase_bars(console) as show:
+        show("loading", 0, 1)
         agent, name = load_model(model)
-        bars.update(loading, completed=1)
-        phases: dict[str, Any] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in phases:
-                phases[phase] = bars.add_task(phase)
-            bars.update(phases[phase], completed=done, total=total)
-
+        show("loading", 1, 1)
         numbers = run_demo(agent, chosen, out, name=name, steps=steps, progress=show)
     outcome = "reached the goal" if numbers["success"] else "did not reach the goal"
     console.print(

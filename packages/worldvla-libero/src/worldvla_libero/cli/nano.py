@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from worldvla_libero.cli.bars import counting_bars
 from worldvla_libero.cli.model import Flat
 from worldvla_libero.nano.settings import NanoSettings
 
@@ -33,27 +34,12 @@ def make_nano(
         settings: Of what.
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from worldvla_libero.nano.card import tables
     from worldvla_libero.nano.making import make_nano as run
 
     console = Console()
-    columns = (
-        TextColumn("{task.description:<32}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
+    with counting_bars(console) as bars:
 
         def begin(stage: str) -> None:
             bars.add_task(stage, total=None)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from worldvla_libero.cli.bars import phase_bars
 from worldvla_libero.embedded import default_model_path, sample_data_path
 from worldvla_libero.training.recipes import (
     PRINTED,
@@ -203,14 +204,6 @@ def _train_tokenizer(
     console: Console,
 ) -> int:
     import torch
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from worldvla_libero.prepare import load_image_tokenizer, open_source
     from worldvla_libero.training.tokenizer_training import train_tokenizer
@@ -230,21 +223,7 @@ def _train_tokenizer(
             highlight=False,
         )
     _warn_of_slow_bf16(console, training.precision, cpu=False)
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        phases: dict[str, Any] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in phases:
-                phases[phase] = bars.add_task(phase)
-            bars.update(phases[phase], completed=done, total=total)
-
+    with phase_bars(console) as show:
         record = train_tokenizer(
             vqgan,
             open_source(source, replay=False),

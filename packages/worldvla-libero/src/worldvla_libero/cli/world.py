@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from worldvla_libero.cli.bars import counting_bars
 from worldvla_libero.cli.model import Flat, ModelOptions, load_model
 
 if TYPE_CHECKING:
@@ -118,13 +119,9 @@ def imagine(
 @contextmanager
 def _progress(console: Console, planned: Plan) -> Iterator[Callable[[str, Path | Dropped], None]]:
     """A bar that counts frames, clip by clip."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
     lengths = {clip.name: clip.frames for clip in planned.clips}
-    columns = (TextColumn("imagining"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining())
-    with Progress(*columns, console=console) as bars:
-        bar = bars.add_task("", total=planned.frames)
+    with counting_bars(console) as bars:
+        bar = bars.add_task("imagining", total=planned.frames)
         yield lambda name, _: bars.advance(bar, lengths[name])
 
 

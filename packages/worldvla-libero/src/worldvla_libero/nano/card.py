@@ -1,8 +1,8 @@
 """What a small model can do, measured on all it was trained on, and the model card that says so.
 
-Success in closed loop from the suites' fixed initial states, which no demonstration began with, with Wilson's
-intervals. On held-out episodes the mean absolute error of whole predicted chunks, and PSNR of single predicted
-frames, with intervals from a bootstrap over episodes. Sizes on disk, and what training cost.
+Success in closed loop from the suites' fixed initial states, with Wilson's intervals. On held-out episodes the
+mean absolute error of whole predicted chunks, and PSNR of single predicted frames, with intervals from a bootstrap
+over episodes. Sizes on disk, and what training cost.
 """
 
 from __future__ import annotations
@@ -203,17 +203,16 @@ tags: [worldvla, vision-language-action, world-model, robotics]
 
 # {name}
 
-The model that comes with worldvla: small enough for a wheel and for a CPU, trained from scratch on scripted
-demonstrations. It drives the tasks below in the simulator and imagines their next frames. It knows nothing else:
-no other task, scene, camera or robot, and no other words than the instructions it was trained on.
+A model small enough for a wheel and for a CPU, trained from scratch on demonstrations of the tasks below. It
+drives them in the simulator and imagines their next frames. It knows nothing else: no other task, scene, camera or
+robot, and no other words than the instructions it was trained on.
 
 {tables(measured)}
 
-Success: closed loop from the first fixed initial states of the suites, which no demonstration began with;
-protocol `openvla` ({OPENVLA.wait_steps} wait steps; step limits: {limits}), frames rendered at
-{measured.image_size} px. Held-out:
-episodes of the same scripted demonstrators that neither part was trained on; a chunk's error is the mean over its
-actions and dimensions in data units. "The frame before" is what a model that changes nothing would draw.
+Success: closed loop from the first fixed initial states of the suites; protocol `openvla`
+({OPENVLA.wait_steps} wait steps; step limits: {limits}), frames rendered at {measured.image_size} px.
+Held-out: episodes of the same demonstrations that neither part was trained on; a chunk's error is the mean over
+its actions and dimensions in data units. "The frame before" is what a model that changes nothing would draw.
 
 Recipe `{recipe["name"]}`: {recipe["history"]} frames in, chunks of {recipe["chunk"]} actions, mask
 `{recipe["attention"]}`; {training["samples"]["action"]:,} action and {training["samples"]["world"]:,} world

@@ -3,8 +3,7 @@
     lora_config(rank=16, alpha=32) -> with_adapters(model, …) -> train -> save_adapter, merged
 
 Only they are trained. Embedding, head and norms stay as they are: a checkpoint that acts has rows for all ids, and
-of 7B parameters embedding and head are 537 million, which with Adam would take 13 times the memory of adapters of
-rank 16, and as many times their space in a file to share. The files are peft's own.
+beside adapters embedding and head are large (docs/fine-tune.md counts). The files are peft's own.
 """
 
 from __future__ import annotations

@@ -75,9 +75,8 @@ class Recipe:
         z_loss_weight: weight of the z-loss.
         initial: weights to start from.
         lora_rank: of adapters (LoRA, extra `lora`), which then are all that is trained; 0 to train all weights.
-            Weights beneath are in the type of `precision`, adapters and Adam in fp32: 7B parameters take 14 GB in
-            bf16, adapters of rank 16 another 0.6 GB, and activations come on top. They learn at higher rates
-            than all weights do, 1e-4 or so.
+            Weights beneath are in the type of `precision`, adapters and Adam in fp32 (docs/fine-tune.md counts
+            the memory). They learn at higher rates than all weights do, 1e-4 or so.
         lora_alpha: what adapters add is multiplied by lora_alpha / lora_rank; 0 for twice the rank.
         size: of a model from scratch.
         epochs: passes over the data, of the kind of sample that takes longest.

@@ -15,6 +15,7 @@ from worldvla_model.modeling_worldvla import (
     SequenceLengthError,
     WorldVLAForConditionalGeneration,
     as_attention_mask,
+    cut_rows,
 )
 
 EMPTY = -1
@@ -164,6 +165,7 @@ class PlacedSequences:
         # Where there is no token, the row is that of place 0, so that none is empty.
         allowed = self.allowed.gather(1, at[: len(self), :, None].expand(-1, -1, total))[..., : cache.shown]
         allowed = nn.functional.pad(allowed, (0, cache.shown - allowed.shape[-1]))  # (B, n, shown)
+        blocks = cut_rows(allowed) if prefill else None
         allowed = nn.functional.pad(allowed, (0, 0, 0, 0, *rows), value=True)
         states = self.workspace.run(
             compiled=compiled,
@@ -176,6 +178,7 @@ class PlacedSequences:
             use_cache=True,
             # Compiled passes would have one more shape.
             states_to_keep=None if compiled else wanted,
+            row_blocks=blocks,
         )[: len(self)].to(self.device)  # (B, n, H), or (B, m, H)
         self.passes += 1
         if prefill:
