@@ -42,10 +42,10 @@ HARDWARE = {
 """GPUs by a part of their name, in bf16; source: the makers' data sheets."""
 
 TYPICAL_CPU = Hardware(80e9, 15e9)
-"""Two cores in fp32, as `benchmarks/decoding.py` measured them for few tokens at a time."""
+"""Two cores in fp32 that multiply a few tokens at a time, roughly; with many of them they reach more."""
 
 LAUNCH = 1e-3
-"""Seconds in which a layer's operations are started one by one, the same for any number of tokens; on a CPU."""
+"""Seconds in which a layer's operations are started one by one, for any number of tokens; on a CPU, roughly."""
 
 
 @dataclass(frozen=True)
