@@ -9,8 +9,10 @@ from grammar_models import GRAMMAR, V, grammar_model, outcome, random_prompt, sl
 
 from worldvla_model import DecodingError, Sampling, SequenceLengthError
 from worldvla_model.decoding import (
+    GREEDY,
     ChunkGrammar,
     Decoder,
+    PlacedSequences,
     Workspace,
     chunks,
     continue_chunks,
@@ -340,3 +342,14 @@ def test_bad_requests():
         decode_chunks(model, [[0] * 180], GRAMMAR, num_actions=2)
     with pytest.raises(DecodingError, match="an action block needs"):
         ChunkGrammar([range(3), range(4), [5]], 6)
+
+
+@pytest.mark.parametrize("among", [None, range(5, 12), [7, 9]])
+def test_logits_of_a_model_in_fp64_are_compared_in_fp64(small, among):
+    """Two that are one number in fp32."""
+    placed = PlacedSequences(small.double(), [[1]], [2])
+    with torch.no_grad():
+        small.lm_head.weight.zero_()
+        small.lm_head.weight[7, 0], small.lm_head.weight[9, 0] = 5_000, 5_000 + 1e-5
+    states = torch.eye(1, small.config.hidden_size, dtype=torch.float64)
+    assert placed.choose(states, GREEDY, among).tolist() == [9]

@@ -469,9 +469,7 @@ class WorldVLAForConditionalGeneration(WorldVLAPreTrainedModel, GenerationMixin)
             losses = chunked_losses(hidden, self.lm_head.weight, labels)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            # fp32 at least, as the published code computes them whatever the weights are.
-            logits = self.lm_head(hidden[:, kept])
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = as_logits(self.lm_head(hidden[:, kept]))
             if labels is not None:
                 losses = supervised_losses(logits, labels)
         if losses is not None:
@@ -590,6 +588,11 @@ def _as_dtype(value: torch.dtype | str) -> torch.dtype | str:
     """`float32` and `torch.float32` as the type; what names none is left for transformers to refuse."""
     found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     return found if isinstance(found, torch.dtype) else value
+
+
+def as_logits(scores: Tensor) -> Tensor:
+    """What the head gives, in fp32 at least: as the published code computes logits whatever the weights are."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def as_attention_mask(allowed: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:

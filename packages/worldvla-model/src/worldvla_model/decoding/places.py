@@ -15,6 +15,7 @@ from worldvla_model.modeling_worldvla import (
     SequenceLengthError,
     WorldVLAForConditionalGeneration,
     as_attention_mask,
+    as_logits,
     cut_rows,
 )
 
@@ -208,12 +209,12 @@ class PlacedSequences:
         # Weights that accelerate's hooks bring and take away can only be used by calling the head.
         whole = type(head) is not nn.Linear or hasattr(head, "_hf_hook") or head.weight.device != states.device
         if among is None:
-            return sampling.choose(head(states).float().to(states.device))
+            return sampling.choose(as_logits(head(states)).to(states.device))
         if isinstance(among, range) and among.step == 1 and not whole:
             check_ids(among, head.out_features)
             logits = nn.functional.linear(states, head.weight[among.start : among.stop])
-            return sampling.choose(logits.float()) + among.start
-        return sampling.choose_among(head(states).float().to(states.device), among)
+            return sampling.choose(as_logits(logits)) + among.start
+        return sampling.choose_among(as_logits(head(states)).to(states.device), among)
 
 
 def check_prompts(model: WorldVLAForConditionalGeneration, prompts: Sequence[Sequence[int]]) -> None:
